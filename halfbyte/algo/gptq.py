@@ -1,0 +1,122 @@
+"""GPTQ: round one column at a time and let the columns not yet rounded make up for the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", ICLR 2023 (arXiv 2210.17323), after OBQ. A linear layer's output error
+over the calibration inputs is tr(E H E^T) with E = W - W_hat and H = E[x x^T]. If column j is rounded to q_j, the best
+change of the columns F after it is
+
+    W_F  -=  (w_j - q_j) / [H_F^-1]_jj  *  [H_F^-1]_jF
+
+and all the inverses H_F^-1 that are needed are rows of one upper triangular factor, H^-1 = U^T U:
+
+    err_j = (w_j - q_j) / U_jj,     W_{:,j+1:} -= err_j  U_{j,j+1:}
+
+Updates are applied at once inside a block of `BLOCK` columns and as one matrix product to the rest.
+
+Order. Columns are visited by falling H_jj (act-order), so that the inputs that matter most are rounded while the most
+columns are left to compensate. The groups and their scales are fixed beforehand in the original order (static groups):
+the file needs no g_idx, which vLLM would ignore.
+
+Legend: O = out, I = in, W_OI the weight, H_II the Hessian, U_II its factor, s_OI the scale of each column's group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.algo.grid import Grid
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the column loop needs of H, made once for a group of linears: U (float32 [I, I], permuted), the order
+    (int64 [I], or None), and the damping that was needed."""
+
+    upper: torch.Tensor
+    order: torch.Tensor | None
+    damp: float
+
+
+def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor:
+    """Upper U with (H + damp * mean(diag H) * I)^-1 = U^T U, columns ordered by falling diagonal.
+
+    A dead input (H_jj = 0) gets H_jj = 1: its weights are rounded and nothing compensates. Damping grows tenfold
+    from `damp` until the factorisation succeeds; the Factor says what it took. Raises ValueError for a Hessian
+    that is not finite.
+    """
+    H = H_II.float()
+    diagonal = H.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise ValueError("the Hessian is not finite")
+    dead = diagonal <= 0
+    H = H.clone()
+    H[dead, :] = 0
+    H[:, dead] = 0
+    H.diagonal()[dead] = 1
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else None
+    if order is not None:
+        H = H[order][:, order]
+    mean = float(H.diagonal()[~dead[order] if order is not None else ~dead].mean()) if not bool(dead.all()) else 1.0
+    share = damp
+    while True:
+        trial = H.clone()
+        trial.diagonal().add_(share * mean)
+        upper = _inverse_factor(trial)
+        if upper is not None:
+            return Factor(upper, order, share)
+        share *= 10
+
+
+def _inverse_factor(H: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with H^-1 = U^T U, or None where H is not positive definite in float32.
+
+    With J the reversal of the order: chol(J H J) = L gives H = (J L J)(J L J)^T with J L J upper, so
+    U = (J L J)^-1, one Cholesky and one triangular inverse instead of two factorisations and an inverse.
+    """
+    L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if int(info) != 0:
+        return None
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    upper = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).contiguous()
+    ok = bool(torch.isfinite(upper).all()) and bool((upper.diagonal() > 0).all())
+    return upper if ok else None
+
+
+def gptq(
+    W_OI: torch.Tensor,
+    scale_OI: torch.Tensor,
+    zero_OI: torch.Tensor | None,
+    factor: Factor,
+    grid: Grid,
+    block: int = BLOCK,
+) -> torch.Tensor:
+    """Codes (float32-valued 0..15, [O, I]) for W under fixed per-column scales and zeros ([O, I], by group)."""
+    order, U = factor.order, factor.upper
+    W = (W_OI.float() if order is None else W_OI.float()[:, order]).T.contiguous()
+    S = (scale_OI if order is None else scale_OI[:, order]).T.contiguous()
+    Z = None if zero_OI is None else (zero_OI if order is None else zero_OI[:, order]).T.contiguous()
+    width = W.shape[0]
+    X = torch.empty_like(W)
+    diagonal = U.diagonal().tolist()
+    for first in range(0, width, block):
+        last = min(first + block, width)
+        errors = torch.empty_like(W[first:last])
+        for j in range(first, last):
+            x = W[j] / S[j]
+            X[j] = x
+            z = None if Z is None else Z[j]
+            e = grid.snap(x, z).mul_(S[j]).sub_(W[j]).mul_(-1 / diagonal[j])
+            errors[j - first] = e
+            if j + 1 < last:
+                W[j + 1 : last].addr_(U[j, j + 1 : last], e, alpha=-1)
+        if last < width:
+            W[last:].addmm_(U[first:last, last:].T, errors, alpha=-1)
+    codes = grid.encode(X, Z).T
+    if order is None:
+        return codes.contiguous()
+    out = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    out[:, order] = codes
+    return out

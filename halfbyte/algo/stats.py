@@ -1,0 +1,48 @@
+"""What a method may know of a linear's inputs: their Gram matrix, its diagonal, their largest magnitude.
+
+All of it comes from the BF16 model in one pass and does not depend on the recipe. Dividing the inputs by s (AWQ's
+folding) is a change of basis that needs no second pass:  H' = H / (s s^T).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stats:
+    """second_moment_I  E[x_j^2], float32 [I].
+    gram_II          H = E[x x^T], float32 [I, I], or None where only the diagonal was collected.
+    absmax           largest |x| seen.
+    tokens           how many inputs were seen.
+    """
+
+    second_moment_I: torch.Tensor
+    gram_II: torch.Tensor | None
+    absmax: float
+    tokens: int
+
+    @staticmethod
+    def uniform(width: int) -> Stats:
+        """Nothing is known: all inputs matter alike (data-free methods)."""
+        return Stats(torch.ones(width), None, 0.0, 0)
+
+    def scaled(self, s_I: torch.Tensor) -> Stats:
+        """The statistics of the inputs divided by s (float32 [I])."""
+        gram = None if self.gram_II is None else self.gram_II / s_I / s_I[:, None]
+        return Stats(self.second_moment_I / s_I.square(), gram, self.absmax, self.tokens)
+
+    @cached_property
+    def signal(self) -> float:
+        """mean E[x_j^2], to normalise by."""
+        return float(self.second_moment_I.mean())
+
+
+def output_error(E_OI: torch.Tensor, stats: Stats) -> torch.Tensor:
+    """E||e x||^2 for each row e of E: float32 [O]. With no Gram matrix: its diagonal's part."""
+    if stats.gram_II is None:
+        return (E_OI.square() * stats.second_moment_I).sum(1)
+    return (E_OI @ stats.gram_II).mul_(E_OI).sum(1)

@@ -1,0 +1,199 @@
+"""README.md of an artifact: the model card in the Hub's conventions, filled from results and nothing else.
+
+Front matter as in https://huggingface.co/docs/hub/model-cards: base_model, base_model_relation: quantized, tags.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+METHODS = {
+    "rtn": "round-to-nearest",
+    "gptq": "GPTQ (second-order rounding)",
+    "awq": "AWQ (activation-aware scaling)",
+    "nvfp4": "NVFP4 (FP4 numbers with FP8 block scales)",
+}
+TAGS = {"gptq": "gptq", "awq": "awq", "modelopt": "modelopt", "compressed-tensors": "compressed-tensors"}
+RECOVERY: tuple[tuple[str, str, str], ...] = (
+    ("ppl_baseline", "Perplexity, BF16", "plain"),
+    ("ppl", "Perplexity, 4-bit", "plain"),
+    ("ppl_ratio", "Perplexity, change", "ratio"),
+    ("kl_mean", "KL divergence from BF16, mean, nats a token", "plain"),
+    ("kl_p99", "KL divergence, 99th percentile", "plain"),
+    ("top1", "Same most likely next token as BF16", "share"),
+)
+_SPECIAL = re.compile(r"([\\`*\[\]<>|])")
+
+
+def model_card(
+    manifest: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+    served: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
+    commands: Mapping[str, str] | None = None,
+) -> str:
+    """The card's text from halfbyte.json, eval.json, served.json, gates.json and serve commands by platform.
+
+    What was not measured is said to be so. Text from outside is escaped, so that it can add no markup.
+    """
+    name = base_model(manifest)
+    sections = [
+        _front_matter(manifest, name),
+        f"# {_md(_short(name))}, 4-bit ({_md(_recipe_words(manifest))})",
+        _opening(manifest, name, gates),
+        _recovery(evaluation),
+        _deployment(served, commands),
+        _making(manifest),
+        _limitations(manifest, evaluation, served),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+
+
+def base_model(manifest: Mapping[str, Any]) -> str:
+    """What the artifact was made of, as the user named it: a hub id or a directory."""
+    model = manifest.get("model")
+    found = model.get("name") or model.get("path") if isinstance(model, Mapping) else model
+    return str(found) if found else "unknown"
+
+
+def _front_matter(manifest: Mapping[str, Any], name: str) -> str:
+    recipe = manifest.get("recipe") or {}
+    tags = ["4-bit", "quantized", "vllm", "halfbyte", TAGS.get(str(recipe.get("format")), "")]
+    fields: dict[str, Any] = {"base_model": name} if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else {}
+    fields |= {
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [tag for tag in tags if tag],
+    }
+    if recipe.get("method") == "nvfp4":
+        fields["tags"].append("nvfp4")
+    body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    return f"---\n{body}---"
+
+
+def _opening(manifest: Mapping[str, Any], name: str, gates: Mapping[str, Any] | None) -> str:
+    facts = [f"A 4-bit version of {_code(name)} for vLLM, made with halfbyte."]
+    size, bits = _finite(manifest.get("bytes")), _finite(manifest.get("bits_per_weight"))
+    if size is not None:
+        facts.append(f"Its weights take {size / 2**30:.3g} GiB.")
+    if bits is not None:
+        facts.append(f"Quantized linears take {bits:.2f} bits a weight, scales counted.")
+    words, verdict = (gates or {}).get("text"), (gates or {}).get("verdict")
+    told = words or (f"Verdict: {verdict}." if verdict else "")
+    return " ".join(facts) + (f"\n\n{_md(told)}" if told else "")
+
+
+def _recovery(evaluation: Mapping[str, Any] | None) -> str:
+    metrics = (evaluation or {}).get("metrics")
+    if not isinstance(metrics, Mapping) or not metrics:
+        return "## Recovery\n\nNot measured."
+    level = _finite((evaluation or {}).get("confidence"))
+    head = f"| measure | value | {'confidence' if level is None else f'{level:.0%}'} interval |\n|---|---|---|"
+    rows = [_recovery_row(label, unit, metrics[key]) for key, label, unit in RECOVERY if key in metrics]
+    source = (evaluation or {}).get("text") or {}
+    tokens = _finite(source.get("tokens"))
+    on = f"On {tokens:,.0f} tokens of {_md(source.get('source', 'text'))}." if tokens is not None else ""
+    return "\n".join(["## Recovery\n", head, *rows]) + (f"\n\n{on}" if on else "")
+
+
+def _recovery_row(label: str, unit: str, measured: Any) -> str:
+    value, low, high = (_show((measured or {}).get(key), unit) for key in ("value", "low", "high"))
+    interval = "–" if "–" in (low, high) else f"{low} to {high}"
+    return f"| {label} | {value} | {interval} |"
+
+
+def _show(value: Any, unit: str) -> str:
+    x = _finite(value)
+    if x is None:
+        return "–"
+    if unit == "ratio":
+        return f"{x - 1:+.1%}"
+    return f"{x:.1%}" if unit == "share" else f"{x:.4g}"
+
+
+def _deployment(served: Mapping[str, Any] | None, commands: Mapping[str, str] | None) -> str:
+    blocks = [f"On {_md(platform)}:\n\n{_fence(line, 'bash')}" for platform, line in (commands or {}).items()]
+    if not blocks:
+        blocks = [_fence("vllm serve <this directory>", "bash")]
+    if served and served.get("status") == "served":
+        outcome = "and its perplexity agreed" if served.get("passed") else "and its perplexity DID NOT agree"
+        difference = _finite(served.get("relative_difference"))
+        by = "" if difference is None else f" ({abs(difference):.2%} apart)"
+        blocks.append(f"Loaded in vLLM {_md(served.get('vllm'))}, {outcome} with the same weights in transformers{by}.")
+    else:
+        reason = f": {_md(served['reason'])}" if served and served.get("reason") else ""
+        blocks.append(f"Not yet served in vLLM{reason}.")
+    return "## Deployment\n\n" + "\n\n".join(blocks)
+
+
+def _making(manifest: Mapping[str, Any]) -> str:
+    recipe = manifest.get("recipe") or {}
+    calibration = manifest.get("calibration") or {}
+    lines = [f"- recipe: {_code(yaml.safe_dump(dict(recipe), default_flow_style=True, width=10**6, sort_keys=False))}"]
+    for key, label in (("source", "calibration"), ("sha256", "calibration tokens, SHA-256")):
+        if isinstance(calibration, Mapping) and calibration.get(key):
+            lines.append(f"- {label}: {_md(calibration[key])}")
+    versions = manifest.get("versions") or {}
+    if versions:
+        lines.append("- versions: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in versions.items() if v))
+    lines.append("- everything else (per-linear errors, hashes, times, commands): `halfbyte.json` beside this file")
+    return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _limitations(
+    manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None, served: Mapping[str, Any] | None
+) -> str:
+    recipe = manifest.get("recipe") or {}
+    lines = ["Four bits lose something: compare with the base model on your own task before you rely on it."]
+    if not (evaluation or {}).get("metrics"):
+        lines.append("Its fidelity was not measured.")
+    elif (evaluation or {}).get("self_generated"):
+        lines.append("Fidelity was measured on text that the base model wrote itself, not on text of a domain.")
+    if not served or served.get("status") != "served":
+        lines.append("It was not loaded in vLLM when this card was written.")
+    if recipe.get("method") == "nvfp4":
+        lines.append(
+            "NVFP4 needs an NVIDIA GPU in vLLM; on Hopper a serve-time flag chooses the kernel and so the speed."
+        )
+    lines.append("Uses, biases and licence are those of the base model.")
+    return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe_words(manifest: Mapping[str, Any]) -> str:
+    recipe = manifest.get("recipe") or {}
+    method = METHODS.get(str(recipe.get("method")), str(recipe.get("method") or "method not stated"))
+    group = recipe.get("group_size")
+    return method if group is None else f"{method}, {'one group a row' if group == -1 else f'group {group}'}"
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1] or name
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _md(value: Any) -> str:
+    flat = " ".join(str(value).split()).replace("&", "&amp;")
+    return _SPECIAL.sub(r"\\\1", flat).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def _code(value: str) -> str:
+    flat = " ".join(value.split())
+    ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", flat)), default=0))
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return f"{ticks}{pad}{flat}{pad}{ticks}"
+
+
+def _fence(body: str, language: str = "") -> str:
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", body)), default=0))
+    return f"{ticks}{language}\n{body}\n{ticks}"

@@ -1,0 +1,224 @@
+"""Writes an artifact so that it can be killed at any moment and never looks whole before it is.
+
+Each finished block lies in `.partial/` as one file, renamed into place; a second run with the same work id goes on
+behind the last. When all are there, shards, index, tokenizer and configs are written, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from halfbyte.algo import Solved, dequantize
+from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
+from halfbyte.artifact.fingerprint import weight_fingerprint
+from halfbyte.artifact.manifest import git_commit, versions
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import write_atomically, write_json, write_tensors, write_text
+from halfbyte.formats import Format, get_format
+from halfbyte.models import Checkpoint, hash_file
+from halfbyte.models.checkpoint import read_header, read_json
+from halfbyte.plan.layers import LinearPlan
+from halfbyte.recipe.schema import Recipe
+
+PARTIAL = ".partial"
+SHARD_BYTES = 1 << 30
+"""Largest shard; one shard is held in memory while it is written."""
+COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+
+
+class ArtifactWriter:
+    """Takes blocks in any order and finishes once all are there.
+
+    work    the work's id (halfbyte.engine.work_id): blocks kept under another id are not touched
+    """
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint, recipe: Recipe, plans: list[LinearPlan], work: str):
+        self.directory, self.checkpoint, self.recipe, self.plans, self.work = directory, checkpoint, recipe, plans, work
+        self.partial = directory / PARTIAL
+        assert recipe.format is not None
+        self.format: Format = get_format(recipe.format, recipe.activations)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artifact of this very work is there, whole."""
+        return _work_of(self.directory / MANIFEST) == self.work
+
+    def open(self, force: bool = False) -> None:
+        """Make the directory ready: resume the same work, refuse anything else unless `force` clears it.
+
+        Raises UsageError when the directory holds something else.
+        """
+        state = self.partial / "work.json"
+        if force and not self.finished and _work_of(state) != self.work:
+            _clear(self.directory)
+        if _work_of(state) != self.work and not self.finished:
+            there = [p.name for p in self.directory.iterdir() if p.name != ".lock"] if self.directory.is_dir() else []
+            if there == [PARTIAL] and not state.exists():
+                shutil.rmtree(self.partial)
+            elif there:
+                what = "another recipe, model or calibration" if state.exists() else f"{sorted(there)[0]!r}"
+                raise UsageError(f"{self.directory} is not empty (it holds {what}): choose another -o, or --force")
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_json(state, {"work": self.work})
+
+    def done(self, block: int) -> bool:
+        """Whether that block's result is kept."""
+        return self._file(block).is_file()
+
+    def emit(self, block: int, linears: dict[str, Solved], tensors: dict[str, torch.Tensor], seconds: float) -> None:
+        """Keep one block: pack its linears, note what each became, write both in one file."""
+        packed: dict[str, torch.Tensor] = dict(tensors)
+        report: dict[str, Any] = {}
+        for name, solved in linears.items():
+            packed |= self.format.pack(name, solved.q)
+            report[name] = {
+                "scheme": {"grid": solved.q.grid, "group_size": solved.q.group_size},
+                "error": {"relative": solved.relative_error},
+                "damp": solved.damp,
+                "fingerprint": weight_fingerprint(dequantize(solved.q)),
+            }
+        note = json.dumps({"linears": report, "seconds": seconds}, sort_keys=True)
+        write_tensors(self._file(block), packed, {"halfbyte": note})
+
+    def _file(self, block: int) -> Path:
+        return self.partial / (f"block-{block:05d}.safetensors" if block >= 0 else "head.safetensors")
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Assemble the artifact from the kept blocks; `facts` go into the manifest. Returns the manifest."""
+        linears, solving = self._reports()
+        self._write_shards()
+        self._copy_files()
+        schemes = {p.name: p.scheme for p in self.plans}
+        producer = {"name": "halfbyte", "version": str(versions()["halfbyte"])}
+        quantization = self.format.config(schemes, {p.name: p.fused for p in self.plans}, producer=producer)
+        for name, value in self.format.extra_files(quantization).items():
+            write_json(self.directory / name, value)
+        write_text(self.directory / "recipe.yaml", yaml.safe_dump(self.recipe.identity(), sort_keys=False))
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"}
+        write_json(self.directory / "config.json", {**config, "quantization_config": quantization})
+        manifest = {
+            "schema": 1,
+            "kind": "manifest",
+            "work": self.work,
+            **facts,
+            "recipe": self.recipe.identity(),
+            "versions": versions(),
+            "git": git_commit(),
+            "solving_seconds": round(solving, 3),
+            **self._sizes(linears),
+            "linears": linears,
+            "files": self._hashes(),
+        }
+        write_json(self.directory / MANIFEST, manifest)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return manifest
+
+    def _reports(self) -> tuple[dict[str, Any], float]:
+        """Every linear's report (BF16 ones with scheme null and the reason), and the seconds spent solving."""
+        found: dict[str, Any] = {}
+        seconds = 0.0
+        for file in sorted(self.partial.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    note = json.loads(handle.metadata()["halfbyte"])
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise HalfbyteError(f"{file} is damaged: delete it and run the same command again") from error
+            found |= note["linears"]
+            seconds += note["seconds"]
+        rows = {}
+        for plan in self.plans:
+            shape = {"out_features": plan.out_features, "in_features": plan.in_features, "kind": plan.kind}
+            if plan.scheme is None:
+                rows[plan.name] = {"scheme": None, "reason": plan.reason, **shape}
+            elif plan.name in found:
+                rows[plan.name] = {**found[plan.name], **shape}
+            else:
+                raise HalfbyteError(f"{plan.name} was not quantized: run the same command again")
+        return rows, seconds
+
+    def _pieces(self) -> Iterator[tuple[str, int, Path]]:
+        """(tensor name, bytes, file) of every tensor of the artifact, in the source model's order of names."""
+        kept = {n: i for f in sorted(self.partial.glob("*.safetensors")) for n, i in read_header(f).items()}
+        replaced = {f"{p.name}.weight" for p in self.plans if p.scheme is not None}
+        names = set(kept) | (set(self.checkpoint.tensors) - replaced)
+        for name in sorted(names, key=_natural):
+            info = kept.get(name) or self.checkpoint.tensors[name]
+            yield name, info.nbytes, info.file
+
+    def _write_shards(self) -> None:
+        shards: list[list[tuple[str, int, Path]]] = [[]]
+        for piece in self._pieces():
+            if shards[-1] and sum(p[1] for p in shards[-1]) + piece[1] > SHARD_BYTES:
+                shards.append([])
+            shards[-1].append(piece)
+        for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
+            stale.unlink(missing_ok=True)
+        places = {}
+        for number, pieces in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, torch.Tensor] = {}
+            for file in dict.fromkeys(p[2] for p in pieces):
+                with safe_open(file, framework="pt") as handle:
+                    tensors |= {p[0]: handle.get_tensor(p[0]) for p in pieces if p[2] == file}
+            write_tensors(self.directory / name, {p[0]: tensors[p[0]] for p in pieces})
+            places |= {p[0]: name for p in pieces}
+        if len(shards) > 1:
+            total = sum(p[1] for pieces in shards for p in pieces)
+            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+    def _copy_files(self) -> None:
+        extras = [self.checkpoint.path / name for name in COPIED]
+        for file in [*self.checkpoint.tokenizer_files(), *extras]:
+            if file.is_file():
+                source = file
+                write_atomically(self.directory / file.name, lambda new, source=source: shutil.copyfile(source, new))
+
+    def _sizes(self, linears: dict[str, Any]) -> dict[str, Any]:
+        header = {n: i for f in self.directory.glob("*.safetensors") for n, i in read_header(f).items()}
+        quantized = {n: row for n, row in linears.items() if row["scheme"] is not None}
+        weights = sum(row["out_features"] * row["in_features"] for row in quantized.values())
+        owned = sum(
+            i.nbytes for n, i in header.items() if n.rpartition(".")[0] in quantized and not n.endswith(".bias")
+        )
+        return {
+            "bytes": sum(i.nbytes for i in header.values()),
+            "bytes_bf16": self.checkpoint.total_bytes,
+            "bits_per_weight": 8 * owned / weights if weights else None,
+        }
+
+    def _hashes(self) -> dict[str, Any]:
+        skip = {MANIFEST, "README.md", ".lock"}
+        files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
+        return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+
+
+def _natural(name: str) -> list[Any]:
+    """model.layers.2 before model.layers.10; typed so that numbers and words never meet."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _work_of(path: Path) -> str | None:
+    try:
+        return read_json(path).get("work")
+    except HalfbyteError:
+        return None
+
+
+def _clear(directory: Path) -> None:
+    """Empty a directory that --force gives up, the manifest and config first: it must not look whole."""
+    if not directory.is_dir():
+        return
+    for name in (MANIFEST, "config.json"):
+        (directory / name).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.name == ".lock":
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,7 @@
+"""THE loop over decoder blocks: load, collect statistics, solve for every recipe, emit, hand the outputs on."""
+
+from halfbyte.engine.block import BlockResult
+from halfbyte.engine.loop import ALGORITHM_VERSION, Job, quantize_blocks, work_id
+from halfbyte.engine.skeleton import Skeleton
+
+__all__ = ["ALGORITHM_VERSION", "BlockResult", "Job", "Skeleton", "quantize_blocks", "work_id"]

@@ -1,0 +1,158 @@
+"""One block, one recipe: scale what may be scaled, fold it into what precedes, quantize group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from halfbyte.algo import Factor, Options, Solved, Stats, find_scale, get_grid, solve_group
+from halfbyte.models import Family, Fold
+from halfbyte.recipe.schema import Recipe
+from halfbyte.types import LinearGroup, Scheme
+
+
+@dataclass
+class BlockResult:
+    """What a block became. Names are full.
+
+    linears    each quantized linear
+    tensors    other tensors that changed (norms and biases that took up a scale)
+    notices    what a user should know (damping raised, ...)
+    seconds    what solving took
+    """
+
+    linears: dict[str, Solved] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def options_of(recipe: Recipe) -> Options:
+    """The recipe as the algorithms see it."""
+    assert recipe.grid is not None and recipe.rounding is not None and recipe.damp is not None
+    return Options(recipe.grid, recipe.rounding, recipe.effort, recipe.damp, recipe.act_order)
+
+
+def solve_block(
+    recipe: Recipe,
+    family: Family,
+    index: int,
+    schemes: dict[str, Scheme],
+    tensors: dict[str, torch.Tensor],
+    stats: dict[str, Stats],
+    factors: dict[tuple, Factor],
+) -> BlockResult:
+    """Quantize block `index`.
+
+    schemes   by full linear name; what is missing stays in BF16
+    tensors   the block's tensors by name relative to the block, on the device that solves
+    stats     by group kind (missing: data-free)
+    factors   a cache that recipes with the same statistics, damping and order share
+    """
+    prefix = family.block(index) + "."
+    todo = [g for g in family.groups if prefix + g.names[0] in schemes]
+    result = BlockResult()
+    weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
+    group_stats = {g.kind: stats.get(g.kind) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
+    scaled: set[str] = set()
+    if recipe.scaling == "awq":
+        scaled = _scale(recipe, family, prefix, schemes, todo, tensors, weights, group_stats, result)
+    options = options_of(recipe)
+    for group in todo:
+        scheme = schemes[prefix + group.names[0]]
+        here = group_stats[group.kind]
+        key = (group.kind, options.damp, options.act_order)
+        shared = None if group.kind in scaled else factors.get(key)
+        solved, factor = solve_group([weights[n] for n in group.names], here, scheme.group_size, options, shared)
+        if factor is not None and group.kind not in scaled:
+            factors[key] = factor
+        if factor is not None and factor.damp > options.damp:
+            result.notices.append(f"{prefix}{group.fused}: damping raised from {options.damp:g} to {factor.damp:g}")
+        for name, one in zip(group.names, solved):
+            result.linears[prefix + name] = _with_input_scale(recipe, one, here)
+    return result
+
+
+def _with_input_scale(recipe: Recipe, solved: Solved, stats: Stats) -> Solved:
+    if recipe.activations != "fp4":
+        return solved
+    return replace(solved, q=replace(solved.q, input_scale=max(stats.absmax, 1e-6) / (6 * 448)))
+
+
+def _scale(
+    recipe: Recipe,
+    family: Family,
+    prefix: str,
+    schemes: dict[str, Scheme],
+    todo: list[LinearGroup],
+    tensors: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    stats: dict[str, Stats],
+    result: BlockResult,
+) -> set[str]:
+    """Find and fold input scales; changes `weights` and `stats` in place. Returns the kinds that were scaled."""
+    groups = {g.kind: g for g in todo}
+    grid = get_grid(options_of(recipe).grid)
+    scaled = set()
+    found: dict[str, torch.Tensor] = {}
+    for fold in family.architecture.folds:
+        group = groups.get(fold.kind)
+        if group is None or (fold.linear and fold.linear not in weights):
+            continue
+        repeat = (
+            (family.num_kv_heads, family.num_heads // family.num_kv_heads, family.head_dim) if fold.per_head else None
+        )
+        size = schemes[prefix + group.names[0]].group_size
+        s = find_scale([weights[n] for n in group.names], stats[fold.kind], grid, size, recipe.effort, repeat)
+        if bool((s != 1).any()):
+            found[fold.kind] = s
+    for fold in family.architecture.folds:
+        if fold.kind in found:
+            s = _absorb(fold, family, prefix, found[fold.kind], tensors, weights, result)
+            for name in groups[fold.kind].names:
+                weights[name] = weights[name] * s
+            stats[fold.kind] = replace(stats[fold.kind].scaled(s), absmax=stats[fold.kind].absmax / float(s.min()))
+            scaled.add(fold.kind)
+    return scaled
+
+
+def _absorb(
+    fold: Fold,
+    family: Family,
+    prefix: str,
+    s: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    result: BlockResult,
+) -> torch.Tensor:
+    """Divide what precedes by s; returns the scale that was really absorbed (a norm's weight is rounded to BF16,
+    and the linears take up the rounding)."""
+    if fold.norm:
+        offset = family.architecture.norm_offset
+        old = tensors[f"{fold.norm}.weight"]
+        new = ((old.float() + offset) / s - offset).to(old.dtype)
+        before, after = old.float() + offset, new.float() + offset
+        result.tensors[f"{prefix}{fold.norm}.weight"] = new
+        usable = (after != 0) & (before != 0) & (before.sign() == after.sign())
+        return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), s)
+    weight = weights[fold.linear]
+    rows = _rows(fold, family, len(weight))
+    per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s
+    weights[fold.linear] = weight.clone()
+    weights[fold.linear][rows] /= per_row[:, None]
+    bias = f"{fold.linear}.bias"
+    if bias in tensors:
+        old = result.tensors.get(prefix + bias, tensors[bias])
+        new = old.float().clone()
+        new[rows] /= per_row
+        result.tensors[prefix + bias] = new.to(old.dtype)
+    return s
+
+
+def _rows(fold: Fold, family: Family, out_features: int) -> slice:
+    if fold.part == "v":
+        return slice((family.num_heads + family.num_kv_heads) * family.head_dim, out_features)
+    if fold.part == "up":
+        return slice(out_features // 2, out_features)
+    return slice(0, out_features)

@@ -1,0 +1,231 @@
+"""The pass over the blocks. Statistics come from the BF16 model and do not depend on the recipe, so one pass serves
+any number of recipes: at each block the inputs' Gram matrices are collected once and every recipe solves with them.
+
+Peak memory: one block's weights, its statistics, the activations between blocks, and what one solve needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.algo import Stats, dequantize
+from halfbyte.engine.block import BlockResult, solve_block
+from halfbyte.engine.collect import Collector, Collectors
+from halfbyte.engine.skeleton import Skeleton
+from halfbyte.errors import HalfbyteError
+from halfbyte.models import Checkpoint
+from halfbyte.recipe.schema import Recipe
+from halfbyte.types import LinearGroup, Progress, Quiet, Scheme
+
+ALGORITHM_VERSION = 1
+"""Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
+HEAD = -1
+"""The `block` under which lm_head is emitted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe in a pass.
+
+    schemes   every quantized linear's full name and scheme
+    done      whether a block's result is already kept (resume)
+    emit      takes a block's result
+    """
+
+    recipe: Recipe
+    schemes: dict[str, Scheme]
+    done: Callable[[int], bool]
+    emit: Callable[[int, BlockResult], None]
+
+
+def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | None) -> str:
+    """The name of a piece of work: resolved recipe, model, calibration tokens, algorithm version."""
+    parts = {
+        "recipe": recipe.identity(),
+        "model": model_fingerprint,
+        "calibration": calibration_sha256 if recipe.needs_calibration or calibration_sha256 else None,
+        "algorithm": ALGORITHM_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def make_batches(sequences: Sequence[torch.Tensor], budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Sequences (int64 [t]) as right-padded batches of at most `budget` tokens, longest first.
+
+    Returns (ids [B, T], keep): keep is bool [B*T], False on padding, or None where there is none. Right padding is
+    safe in a causal model: no token sees what comes after it.
+    """
+    batches = []
+    row: list[torch.Tensor] = []
+    for sequence in [*sorted(sequences, key=len, reverse=True), None]:
+        if row and (sequence is None or len(row[0]) * (len(row) + 1) > budget):
+            ids = torch.zeros(len(row), len(row[0]), dtype=torch.int64)
+            keep = torch.zeros(ids.shape, dtype=torch.bool)
+            for i, tokens in enumerate(row):
+                ids[i, : len(tokens)] = tokens
+                keep[i, : len(tokens)] = True
+            batches.append((ids, None if bool(keep.all()) else keep.flatten()))
+            row = []
+        if sequence is not None:
+            row.append(sequence)
+    return batches
+
+
+@torch.no_grad()
+def quantize_blocks(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    sequences: Sequence[torch.Tensor] | None = None,
+    device: str = "cpu",
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> None:
+    """Run the pass: every job's `emit` gets every block it has not `done`.
+
+    sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
+    Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
+    more than one recipe.
+    """
+    progress = progress or Quiet()
+    _refuse(jobs, sequences)
+    run = _Pass(checkpoint, jobs, device, progress)
+    if sequences is None:
+        run.without_data()
+    else:
+        run.with_data(make_batches(sequences, batch_tokens))
+
+
+def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
+    for job in jobs:
+        if sequences is None and (job.recipe.needs_calibration or job.recipe.propagate):
+            raise HalfbyteError(f"method {job.recipe.method} needs calibration data: give --calibration")
+    if len(jobs) > 1 and any(job.recipe.propagate for job in jobs):
+        raise HalfbyteError(
+            "propagate serves one recipe at a time: statistics behind quantized blocks differ by recipe"
+        )
+
+
+class _Pass:
+    def __init__(self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress):
+        self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
+        self.skeleton = Skeleton(checkpoint, device)
+        self.family = self.skeleton.family
+        self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
+
+    def without_data(self) -> None:
+        count = self.family.num_blocks
+        self.progress.start("quantizing", count)
+        for index in range(count):
+            waiting = [j for j in self.jobs if not j.done(index)]
+            if waiting:
+                tensors = self._tensors(self.skeleton.load_block(index))
+                self._solve(index, waiting, tensors, {})
+                self.skeleton.drop_block(index)
+            self.progress.advance(note=f"block {index + 1}/{count}")
+        self._head(None)
+
+    def with_data(self, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        count = self.family.num_blocks
+        hidden, arguments = self.skeleton.embed(ids for ids, _ in batches)
+        keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
+        shapes = [tuple(ids.shape) for ids, _ in batches]
+        last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
+        if any(not j.done(HEAD) for j in self._head_jobs()):
+            last = count - 1
+        self.progress.start("quantizing", count)
+        for index in range(count):
+            if index <= last:
+                kwargs = [arguments[shape][index] for shape in shapes]
+                self._one_block(index, hidden, keeps, kwargs)
+            self.progress.advance(note=f"block {index + 1}/{count}")
+        self._head((hidden, keeps))
+
+    def _one_block(
+        self, index: int, hidden: list[torch.Tensor], keeps: list[Any], kwargs: list[dict[str, Any]]
+    ) -> None:
+        block = self.skeleton.load_block(index)
+        waiting = [j for j in self.jobs if not j.done(index)]
+        propagate = self.jobs[0].recipe.propagate
+        if waiting or propagate:
+            needed = self._needed(index, waiting or list(self.jobs))
+            with Collectors(block, needed, self.skeleton.device) as collectors:
+                for i, x in enumerate(hidden):
+                    collectors.keep = keeps[i]
+                    out = _call(block, x, kwargs[i])
+                    if not propagate:
+                        hidden[i] = out
+            results = self._solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
+            if propagate:
+                self._replace(block, index, results[0])
+        if propagate or not waiting:
+            for i, x in enumerate(hidden):
+                hidden[i] = _call(block, x, kwargs[i])
+        self.skeleton.drop_block(index)
+
+    def _needed(self, index: int, jobs: Sequence[Job]) -> dict[LinearGroup, bool]:
+        prefix = self.family.block(index) + "."
+        return {g: self.gram for g in self.family.groups if any(prefix + g.names[0] in j.schemes for j in jobs)}
+
+    @staticmethod
+    def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: parameter.data for name, parameter in block.named_parameters()}
+
+    def _solve(
+        self, index: int, jobs: Sequence[Job], tensors: dict[str, torch.Tensor], stats: dict[str, Stats]
+    ) -> list[BlockResult]:
+        factors: dict[tuple, Any] = {}
+        results = []
+        for job in jobs:
+            started = time.monotonic()
+            result = solve_block(job.recipe, self.family, index, job.schemes, tensors, stats, factors)
+            for notice in result.notices:
+                self.progress.say(notice)
+            result.seconds = time.monotonic() - started
+            results.append(result)
+            if not job.done(index):
+                job.emit(index, result)
+        return results
+
+    def _replace(self, block: nn.Module, index: int, result: BlockResult) -> None:
+        prefix = self.family.block(index) + "."
+        new = {f"{name}.weight": dequantize(s.q) for name, s in result.linears.items()} | result.tensors
+        for name, value in new.items():
+            parameter = block.get_parameter(name.removeprefix(prefix))
+            parameter.data = value.to(parameter.dtype)
+
+    def _head_jobs(self) -> list[Job]:
+        return [j for j in self.jobs if self.family.lm_head in j.schemes]
+
+    def _head(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
+        """Quantize lm_head for the recipes that ask for it: its input is the final norm's output."""
+        from halfbyte.algo import solve_group
+        from halfbyte.engine.block import options_of
+
+        waiting = [j for j in self._head_jobs() if not j.done(HEAD)]
+        if not waiting:
+            return
+        name = self.family.lm_head
+        weight = self.checkpoint.load(f"{name}.weight").to(self.skeleton.device)
+        stats = Stats.uniform(weight.shape[1])
+        if activations is not None:
+            collector = Collector(weight.shape[1], self.gram, self.skeleton.device)
+            for x, keep in zip(*activations):
+                flat = self.skeleton.inner.norm(x).flatten(0, -2)
+                collector.add(flat if keep is None else flat[keep])
+            stats = collector.stats()
+        for job in waiting:
+            solved, _ = solve_group([weight], stats, job.schemes[name].group_size, options_of(job.recipe))
+            job.emit(HEAD, BlockResult(linears={name: solved[0]}))
+
+
+def _call(block: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    out = block(x, **kwargs)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,99 @@
+"""A model of which only one block is ever in memory, run block by block with the arguments the model itself makes.
+
+The model is built with its parameters on the meta device. Each block is replaced by a recorder that notes the keyword
+arguments it is called with (masks, position embeddings, local or global) and hands its input on; one forward of the
+model with the recorders in place gives every block's arguments for a batch shape, without knowing the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.models import Checkpoint, Family, family_of
+
+
+class _Recorder(nn.Module):
+    """Stands where a block stands: keeps its keyword arguments, returns its input."""
+
+    def __init__(self, sink: dict[int, dict[str, Any]], index: int):
+        super().__init__()
+        self.sink, self.index = sink, index
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise HalfbyteError("this transformers release passes block arguments by position: not supported")
+        self.sink[self.index] = kwargs
+        return hidden_states
+
+
+class Skeleton:
+    """One model, streamed. `device` and `dtype` (bfloat16) are where and in what blocks are run."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.family: Family = family_of(checkpoint.config)
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model: nn.Module = model.eval()
+        self.inner: nn.Module = model.model
+        self.blocks: list[nn.Module] = list(self.inner.layers)
+        self._fill(self.inner.embed_tokens, "model.embed_tokens.")
+        self._fill(self.inner.norm, "model.norm.")
+        for module in self.inner.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device != self.device:
+                    setattr(module, name, buffer.to(self.device))
+
+    def _fill(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        tensors = self.checkpoint.load_all(prefix) if tensors is None else tensors
+        missing = {name for name, _ in module.named_parameters()} - set(tensors)
+        if missing:
+            raise HalfbyteError(f"{self.checkpoint.path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
+        for name, _ in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = tensors[name].to(self.device, self.dtype)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with its weights, in `dtype` on `device`."""
+        block = self.blocks[index]
+        self._fill(block, self.family.block(index) + ".")
+        return block
+
+    def drop_block(self, index: int) -> None:
+        """Let go of a block's weights."""
+        block = self.blocks[index]
+        for name, parameter in list(block.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(block.get_submodule(owner), leaf, nn.Parameter(empty, requires_grad=False))
+
+    @torch.no_grad()
+    def embed(self, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], dict[Any, dict[int, dict[str, Any]]]]:
+        """Token batches (int64 [B, T]) to the first block's inputs ([B, T, D]) and, per batch shape, every block's
+        keyword arguments."""
+        arguments: dict[Any, dict[int, dict[str, Any]]] = {}
+        hidden = []
+        real = self.inner.layers
+        try:
+            for ids in batches:
+                sink: dict[int, dict[str, Any]] = {}
+                self.inner.layers = nn.ModuleList(_Recorder(sink, i) for i in range(len(self.blocks)))
+                first: list[torch.Tensor] = []
+                hook = self.inner.layers[0].register_forward_pre_hook(lambda _m, a, f=first: f.append(a[0]))
+                self.inner(input_ids=ids.to(self.device), use_cache=False)
+                hook.remove()
+                hidden.append(first[0])
+                arguments.setdefault(tuple(ids.shape), sink)
+        finally:
+            self.inner.layers = real
+        return hidden, arguments

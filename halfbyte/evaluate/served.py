@@ -1,0 +1,133 @@
+"""Does real vLLM compute what the artifact says? Its perplexity over HTTP against the fake-quantized HF model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from halfbyte.calibration import write_json
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.scoring import score_reference
+from halfbyte.evaluate.windows import Windows
+from halfbyte.types import Progress, Quiet
+
+SERVED = "served.json"
+LIMIT = 0.005
+"""Relative difference of the two perplexities that still counts as the same model."""
+GIB = 1 << 30
+
+
+def compare_served(
+    directory: Path | str,
+    windows: Windows,
+    *,
+    platform: str = "cpu",
+    vllm: str | None = None,
+    log_path: Path | str,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Serve the artifact in `directory` with real vLLM, score `windows` there and in transformers, and compare.
+
+    vllm        the user's --vllm (else HALFBYTE_VLLM, else found); log_path: where vLLM's own log goes.
+    Returns the content of served.json. Without a vLLM, or when it does not start or refuses the artifact, status
+    is "not served" and `reason` says why in one line; nothing is compared then.
+    Raises UsageError when the vLLM that the user names is not there.
+    """
+    from halfbyte.serving import find_vllm, probe
+
+    directory, progress = Path(directory), progress or Quiet()
+    blank = _blank(directory)
+    try:
+        install = find_vllm(vllm)
+    except UsageError:
+        raise
+    except HalfbyteError as error:
+        return {**blank, "reason": str(error)}
+    limits: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    ids = [sequence.tolist() for sequence in windows.ids]
+    try:
+        found = probe(
+            directory,
+            format_of(directory),
+            ids,
+            platform=platform,
+            install=install,
+            log_path=Path(log_path),
+            progress=progress,
+            **limits,
+        )
+    except HalfbyteError as error:
+        return {**blank, "reason": str(error), "vllm": install.version}
+    from halfbyte.artifact import load_fake_quantized
+
+    reference = score_reference(load_fake_quantized(directory), windows, progress=progress)
+    return judge({**blank, **found}, reference["perplexity"])
+
+
+def judge(facts: dict[str, Any], ppl_reference: float, limit: float = LIMIT) -> dict[str, Any]:
+    """Add the verdict to a served artifact's facts: perplexity within `limit`, weight memory as large as the files."""
+    difference = abs(facts["ppl_served"] / ppl_reference - 1)
+    reasons = []
+    if not difference <= limit:
+        reasons.append(
+            f"vLLM's perplexity {facts['ppl_served']:.3f} is {difference:.2%} off the reference's {ppl_reference:.3f}: "
+            f"more than {limit:.1%}"
+        )
+    reported, artifact = facts["weight_gib_reported"], facts["artifact_gib"]
+    if reported is not None and reported > 1.3 * artifact + 0.1:
+        reasons.append(
+            f"vLLM holds {reported:.2f} GiB of weights, the artifact has {artifact:.2f}: not loaded in 4 bits"
+        )
+    return {
+        **facts,
+        "status": "served",
+        "reason": "; ".join(reasons),
+        "ppl_reference": ppl_reference,
+        "relative_difference": difference,
+        "limit": limit,
+        "passed": not reasons,
+    }
+
+
+def format_of(directory: Path) -> str | None:
+    """The quant_method that config.json declares; None for an unquantized model."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{directory} is no model directory (config.json cannot be read): name an artifact") from error
+    declared = config.get("quantization_config")
+    return declared.get("quant_method") if isinstance(declared, dict) else None
+
+
+def write_served(directory: Path | str, result: dict[str, Any]) -> Path:
+    """Write served.json (whole or not at all) into `directory`; returns its path."""
+    path = Path(directory) / SERVED
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    except OSError as error:
+        raise HalfbyteError(f"{path} cannot be written: {error.strerror}: free it or name another") from error
+    return path
+
+
+def _blank(directory: Path) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return {
+        "schema": 1,
+        "kind": "served",
+        "status": "not served",
+        "reason": "",
+        "vllm": None,
+        "command": [],
+        "ppl_served": None,
+        "ppl_reference": None,
+        "relative_difference": None,
+        "limit": LIMIT,
+        "weight_gib_reported": None,
+        "artifact_gib": size / GIB,
+        "completion": "",
+        "load_seconds": None,
+        "passed": False,
+    }

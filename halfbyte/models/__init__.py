@@ -1,0 +1,17 @@
+"""What a checkpoint holds and what a decoder block looks like, per model family."""
+
+from halfbyte.models.checkpoint import Checkpoint, TensorInfo, hash_file
+from halfbyte.models.family import FAMILIES, Family, Fold, family_of
+from halfbyte.models.source import cache_dir, resolve_model
+
+__all__ = [
+    "FAMILIES",
+    "Checkpoint",
+    "Family",
+    "Fold",
+    "TensorInfo",
+    "cache_dir",
+    "family_of",
+    "hash_file",
+    "resolve_model",
+]

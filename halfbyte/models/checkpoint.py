@@ -1,0 +1,190 @@
+"""A model directory as headers: every tensor's name, dtype, shape and place, with no weight read until asked.
+
+The safetensors header (8 bytes little-endian length, then JSON) is parsed here, so that a truncated or
+hostile file gets one clear line; tensors themselves come through the safetensors library, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from halfbyte.errors import HalfbyteError, UsageError
+
+MAX_HEADER = 100 << 20
+"""Bytes of the largest header the safetensors format allows."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its header states it. `dtype` in safetensors' names (BF16, F16, I32, U8, F8_E4M3 ...)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """All tensors of one safetensors file. Raises HalfbyteError when the file is truncated or malformed."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise HalfbyteError(f"{file} is truncated or no safetensors file: fetch it again")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise HalfbyteError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again") from error
+    if not isinstance(header, dict):
+        raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again")
+    tensors = {}
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name], stop = _entry(file, name, entry)
+            end = max(end, stop)
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise HalfbyteError(f"{file} is {state} ({size:,} bytes, header says {8 + length + end:,}): fetch it again")
+    return tensors
+
+
+def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        count = 1
+        for extent in shape:
+            if not isinstance(extent, int) or extent < 0:
+                raise ValueError(extent)
+            count *= extent
+        if dtype not in _BYTES or stop - start != count * _BYTES[dtype] or start < 0:
+            raise ValueError(dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HalfbyteError(f"{file}: the header entry of {name[:80]!r} is malformed: fetch it again") from error
+    return TensorInfo(name, dtype, shape, stop - start, file), stop
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises HalfbyteError with the file's name."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HalfbyteError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise HalfbyteError(f"{path} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise HalfbyteError(f"{path} does not hold a JSON object")
+    return value
+
+
+class Checkpoint:
+    """A local model directory: config, tensors by name, files. Headers are read once; weights when asked.
+
+    Raises UsageError when the directory is no model directory, HalfbyteError when a shard is missing or broken.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise UsageError(f"{path} is not a model directory: it has no config.json")
+        self.config = read_json(self.path / "config.json")
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The weight files, in name order, as the index (or their presence) states them."""
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+            if bad:
+                raise HalfbyteError(f"{index} names a shard outside the directory ({bad[0]!r}): refused")
+            missing = [n for n in names if not (self.path / n).is_file()]
+            if missing:
+                raise HalfbyteError(f"{self.path} lacks {missing[0]}, which its index names: fetch the model again")
+            return [self.path / n for n in names]
+        single = self.path / "model.safetensors"
+        if single.is_file():
+            return [single]
+        pickled = [p.name for p in self.path.glob("*.bin")] + [p.name for p in self.path.glob("*.pt*")]
+        why = f"only {pickled[0]}, and pickled weights are not read: convert them to safetensors" if pickled else "none"
+        raise UsageError(f"{self.path} has no model.safetensors or model.safetensors.index.json ({why})")
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every weight file."""
+        found: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in found:
+                    raise HalfbyteError(f"{name} stands in {found[name].file.name} and again in {file.name}")
+                found[name] = info
+        return found
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, memory-mapped. Raises HalfbyteError when no file has it."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise HalfbyteError(f"{self.path} lacks the tensor {name}: is the model whole?")
+        with safe_open(info.file, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def load_all(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors whose names start with `prefix`, keyed by the rest of the name; each file is opened once."""
+        wanted: dict[Path, list[str]] = {}
+        for name, info in self.tensors.items():
+            if name.startswith(prefix):
+                wanted.setdefault(info.file, []).append(name)
+        loaded = {}
+        for file, names in wanted.items():
+            with safe_open(file, framework="pt") as handle:
+                for name in names:
+                    loaded[name[len(prefix) :]] = handle.get_tensor(name)
+        return loaded
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and every weight file's own SHA-256: names the model's contents."""
+        digest = hashlib.sha256()
+        for file in [self.path / "config.json", *self.files]:
+            digest.update(f"{file.name} {hash_file(file)}\n".encode())
+        return digest.hexdigest()
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files that are there."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]

@@ -1,0 +1,252 @@
+"""The plan: bytes from headers alone equal what formats write, the choice of a recipe, memory, notices, text."""
+
+import json
+
+import pytest
+import torch
+
+from halfbyte.errors import UsageError
+from halfbyte.formats import get_format
+from halfbyte.models import Checkpoint
+from halfbyte.plan import assign, choose, make_plan, memory_estimate, render_plan, variant_of
+from halfbyte.plan.memory import activation_bytes, kv_bytes_per_sequence
+from halfbyte.platforms import load_platform
+from halfbyte.recipe import load_recipe
+from halfbyte.recipe.schema import Recipe
+from halfbyte.types import QuantizedLinear
+from tests.tiny import FAMILIES, make_tiny
+
+CPU, H100, MI325X = (load_platform(name) for name in ("cpu", "h100", "mi325x"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    made = {}
+
+    def get(family, **overrides):
+        key = (family, *sorted(overrides.items()))
+        if key not in made:
+            made[key] = Checkpoint(make_tiny(family, tmp_path_factory.mktemp(family), **overrides))
+        return made[key]
+
+    return get
+
+
+def plan_of(checkpoint, recipe=None, platforms=(CPU,), **others):
+    return make_plan(checkpoint, recipe, platforms, **others)
+
+
+def recipe_of(**keys):
+    return Recipe.model_validate(keys)
+
+
+def pack(plan, recipe):
+    """A random linear of that plan, as the format writes it."""
+    groups = plan.in_features // plan.scheme.group_size
+    shape = (plan.out_features, groups)
+    q = QuantizedLinear(
+        codes=torch.randint(0, 16, (plan.out_features, plan.in_features), dtype=torch.uint8),
+        scales=torch.ones(shape),
+        group_size=plan.scheme.group_size,
+        grid=plan.scheme.grid,
+        zeros=torch.full(shape, 8, dtype=torch.uint8) if plan.scheme.grid == "int4_asym" else None,
+        global_scale=1.0 if plan.scheme.grid == "nvfp4" else None,
+    )
+    return get_format(recipe.format).pack(plan.name, q)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "gptq", "group_size": 64},
+        {"method": "gptq", "group_size": 128, "boundary": {"blocks": 1, "keep": "projections"}},
+        {"method": "gptq", "group_size": -1, "ignore": []},
+        {"method": "gptq", "group_size": 32, "format": "compressed-tensors"},
+        {"method": "awq", "group_size": 64},
+        {"method": "nvfp4", "group_size": 16},
+        {"method": "nvfp4", "group_size": 64},
+    ],
+)
+def test_bytes_equal_what_the_format_writes(tiny, keys):
+    checkpoint, recipe = tiny("mistral"), recipe_of(**keys)
+    plans = assign(recipe, checkpoint)
+    written = sum(t.nbytes for p in plans if p.scheme for t in pack(p, recipe).values())
+    gone = {f"{p.name}.weight" for p in plans if p.scheme}
+    kept = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in gone)
+    sizes = plan_of(checkpoint, recipe)["bytes"]
+    assert sizes["quantized_linears"] == written
+    assert sizes["after"] == written + kept
+    assert sizes["before"] == checkpoint.total_bytes
+    rows = plan_of(checkpoint, recipe)["linears"]
+    assert sum(row["bytes_after"] for row in rows) + sizes["other_tensors"] == sizes["after"]
+
+
+def test_scales_are_counted_in_the_bits(tiny):
+    plan = plan_of(tiny("llama"), recipe_of(method="nvfp4", group_size=16, ignore=["lm_head"]))
+    assert plan["bytes"]["bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.01)
+    wide = plan_of(tiny("llama"), recipe_of(method="gptq", group_size=32))["bytes"]["bits_per_quantized_weight"]
+    narrow = plan_of(tiny("llama"), recipe_of(method="gptq", group_size=128))["bytes"]["bits_per_quantized_weight"]
+    assert 4 < narrow < wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_plans_and_renders(tiny, family):
+    checkpoint = tiny(family)
+    plan = plan_of(checkpoint, platforms=(CPU, H100))
+    assert json.loads(json.dumps(plan, allow_nan=False)) == plan
+    blocks = [row for row in plan["linears"] if row["kind"] != "lm_head"]
+    assert sum(row["count"] for row in blocks) == sum(1 for p in assign(Recipe(), checkpoint) if p.block is not None)
+    assert plan["title"] in render_plan(plan)
+
+
+def test_a_group_size_that_does_not_divide(tiny):
+    narrow = tiny("llama", hidden_size=192, intermediate_size=384)
+    plan = plan_of(narrow)
+    assert plan["recipe"]["group_size"] == 64
+    assert "128 does not divide 192" in " ".join(plan["reasons"])
+    given = plan_of(narrow, load_recipe("B1"))
+    rows = {row["in_features"]: row for row in given["group_sizes"]}
+    assert rows[192]["used"] == [64] and rows[192]["text"] == "128 does not divide 192: 64 is used"
+    assert rows[192]["divides"] == [32, 64] and rows[192]["does_not_divide"] == [128]
+    assert rows[384]["used"] == [128]
+    assert "128 does not divide 192: 64 is used" in render_plan(given)
+    with pytest.raises(UsageError, match="does not divide"):
+        plan_of(narrow, recipe_of(method="gptq", group_size=128))
+
+
+def test_exemptions_say_what_they_cost(tiny):
+    checkpoint = tiny("mistral", num_hidden_layers=4)
+    bare = plan_of(checkpoint, recipe_of(method="gptq", group_size=64, ignore=[]))
+    kept = plan_of(checkpoint, recipe_of(method="gptq", group_size=64, boundary={"blocks": 1, "keep": "blocks"}))
+    added = {row["reason"]: row["bytes_added"] for row in kept["exemptions"]}
+    assert set(added) == {"boundary block", "ignore: lm_head"} and min(added.values()) > 0
+    assert kept["bytes"]["after"] - bare["bytes"]["after"] == sum(added.values())
+
+
+def test_a_tied_head_adds_nothing(tiny):
+    plan = plan_of(tiny("llama"))
+    (row,) = [row for row in plan["exemptions"] if row["names"] == ["lm_head"]]
+    assert row["bytes_added"] == 0
+    assert any("tied" in notice for notice in plan["notices"])
+
+
+@pytest.mark.parametrize(
+    "platforms, concurrency, method, avoided",
+    [
+        ([CPU], 8, "gptq", {"NVFP4"}),
+        ([H100, MI325X], 64, "gptq", {"NVFP4"}),
+        ([H100], 1, "nvfp4", set()),
+        ([H100], 64, "nvfp4", set()),
+        ([H100], 256, "gptq", set()),
+        ([], 64, "gptq", set()),
+    ],
+)
+def test_the_choice(platforms, concurrency, method, avoided):
+    decision = choose([576, 1536], platforms, concurrency)
+    assert decision.recipe.method == method
+    assert decision.recipe.group_size == (16 if method == "nvfp4" else 64)
+    assert {entry["title"].split(",")[0] for entry in decision.avoided} == avoided
+    assert decision.reasons and all(entry["reason"] for entry in decision.avoided + decision.alternatives)
+
+
+@pytest.mark.parametrize("widths, group", [([128, 256], 128), ([576, 1536], 64), ([96, 256], 32)])
+def test_the_largest_group_that_divides_everything(widths, group):
+    assert choose(widths, [CPU], 8).recipe.group_size == group
+
+
+def test_widths_that_no_group_divides_stay_in_bf16():
+    decision = choose([128, 40], [CPU], 8)
+    assert (decision.recipe.group_size, decision.recipe.indivisible) == (32, "keep")
+    assert "40 inputs stay in BF16" in " ".join(decision.reasons)
+    assert choose([128, 40], [H100], 8).recipe.method == "gptq"
+
+
+def test_nvfp4_on_h100_shows_both_kernels_and_its_alternative(tiny):
+    plan = plan_of(tiny("llama"), platforms=[H100], concurrency=64)
+    assert plan["recipe"]["activations"] == "fp4"
+    kernels = {row["kernel"]: row["gain"]["64"] for row in plan["speed"][0]["rows"]}
+    assert kernels["Humming"] > 1 > kernels["Marlin"]
+    assert any("--linear-backend humming" in notice and "Marlin" in notice for notice in plan["notices"])
+    assert {entry["recipe"]["method"] for entry in plan["alternatives"]} == {"gptq", "awq"}
+
+
+def test_notices_on_shared_scales_and_platforms_that_cannot(tiny):
+    plan = plan_of(tiny("llama"), load_recipe("A1"), [CPU, MI325X])
+    told = " ".join(plan["notices"])
+    assert "group 64 gives 4 neighbouring blocks" in told and "no bytes" in told
+    assert "do not serve this on cpu" in told and "do not serve this on mi325x" in told
+    assert "--dtype bf16 as bfloat16" in told
+    native = plan_of(tiny("llama"), load_recipe("A1-G16"), [H100])
+    assert "neighbouring blocks" not in " ".join(native["notices"])
+    assert native["bytes"]["after"] == plan["bytes"]["after"]
+
+
+def test_a_kernel_that_wants_other_multiples_is_told(tiny):
+    odd = tiny("llama", intermediate_size=272)
+    recipe = recipe_of(method="gptq", group_size=-1)
+    told = " ".join(plan_of(odd, recipe, [CPU])["notices"])
+    assert "multiples of 32" in told and "down_proj" in told
+
+
+def test_no_text_means_self_generated(tiny):
+    def told(recipe, given):
+        return "writes its own" in " ".join(plan_of(tiny("llama"), recipe, text_given=given)["notices"])
+
+    assert told(recipe_of(method="gptq"), False)
+    assert not told(recipe_of(method="gptq"), True)
+    assert not told(recipe_of(method="rtn"), False)
+
+
+def test_commands_come_from_above(tiny):
+    def command(recipe, platform):
+        if platform.name == "cpu":
+            raise UsageError("it will not do")
+        return f"serve {recipe.format}/{variant_of(recipe)} on {platform.name}"
+
+    plan = plan_of(tiny("llama"), recipe_of(method="gptq"), [CPU, H100], commands=command)
+    assert plan["commands"] == {"h100": "serve gptq/None on h100"}
+    assert "no serve command for cpu: it will not do" in plan["notices"]
+    assert "serve gptq/None on h100" in render_plan(plan)
+    assert plan_of(tiny("llama"), commands={"cpu": "x"})["commands"] == {"cpu": "x"}
+
+
+MODEL = {"blocks": 4, "kv_heads": 2, "head_dim": 32, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 320}
+
+
+def test_kv_cache_bytes():
+    config = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    token_and_block = 2 * 2 * 32
+    assert kv_bytes_per_sequence(MODEL, {}, 100, "auto") == token_and_block * 2 * 4 * 100
+    assert kv_bytes_per_sequence(MODEL, {}, 100, "fp8") == token_and_block * 4 * 100
+    assert kv_bytes_per_sequence(MODEL, config, 100, "fp8") == token_and_block * (3 * 16 + 100)
+    assert kv_bytes_per_sequence(MODEL, config, 10, "fp8") == token_and_block * 4 * 10
+
+
+def test_memory_fits_up_to_its_own_maximum():
+    def estimate(concurrency, device=100_000_000):
+        return memory_estimate(MODEL, {}, 1_000_000, device, 0.9, 512, concurrency, "auto")
+
+    most = estimate(8)["max_concurrency"]
+    assert most is not None and most > 8
+    budget = 90_000_000 - 1_000_000 - activation_bytes(MODEL, 512, 8)
+    assert most == budget // kv_bytes_per_sequence(MODEL, {}, 512, "auto")
+    assert estimate(8)["fits"] and not estimate(200)["fits"]
+    assert estimate(8, device=None)["fits"] is None
+
+
+def test_memory_follows_the_platform_and_the_request(tiny):
+    plan = plan_of(tiny("llama"), platforms=[H100, MI325X, CPU], context=200, concurrency=3)
+    kinds = {row["platform"]: row["kv_cache_dtype"] for row in plan["memory"]}
+    assert kinds == {"h100": "fp8", "mi325x": "auto", "cpu": "auto"}
+    assert all((row["context"], row["concurrency"]) == (200, 3) for row in plan["memory"])
+    by_name = {row["platform"]: row for row in plan["memory"]}
+    assert by_name["h100"]["kv_bytes"] * 2 == by_name["mi325x"]["kv_bytes"]
+    assert by_name["h100"]["fits"] and by_name["cpu"]["fits"] is None
+    assert any("beyond the 256" in n for n in plan_of(tiny("llama"), context=512)["notices"])
+
+
+def test_text_stays_within_the_terminal(tiny):
+    text = render_plan(plan_of(tiny("phi3"), platforms=[H100, MI325X, CPU]))
+    body = text.split("\n", 1)[1]
+    assert max(map(len, body.splitlines())) <= 100
+    assert "Kept in BF16" in text and "Memory (estimate)" in text
