@@ -52,7 +52,8 @@ class QuantizedLinear:
         groups = self.in_features // self.group_size
         if groups * self.group_size != self.in_features or self.scales.shape != (self.out_features, groups):
             raise ValueError(
-                f"scales {tuple(self.scales.shape)} do not fit codes {tuple(self.codes.shape)} in groups of {self.group_size}"
+                f"scales {tuple(self.scales.shape)} do not fit codes {tuple(self.codes.shape)} "
+                f"in groups of {self.group_size}"
             )
         if (self.zeros is not None) != (self.grid == "int4_asym"):
             raise ValueError(f"zeros belong to int4_asym alone, not to {self.grid}")

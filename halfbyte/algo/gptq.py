@@ -28,6 +28,8 @@ import torch
 from halfbyte.algo.grid import Grid
 
 BLOCK = 128
+LIMIT = 1e36
+"""Damping that float32 no longer holds beside a Hessian."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Factor:
 def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor:
     """Upper U with (H + damp * mean(diag H) * I)^-1 = U^T U, columns ordered by falling diagonal.
 
-    A dead input (H_jj = 0) gets H_jj = 1: its weights are rounded and nothing compensates. Damping grows tenfold
+    A dead input (H_jj = 0) gets H_jj = 1: its weights are rounded and nothing compensates. Damping doubles
     from `damp` until the factorisation succeeds; the Factor says what it took. Raises ValueError for a Hessian
-    that is not finite.
+    that is not finite or that no damping mends.
     """
     H = H_II.float()
     diagonal = H.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
+    if not bool(torch.isfinite(H).all()):
         raise ValueError("the Hessian is not finite")
     dead = diagonal <= 0
     H = H.clone()
@@ -61,13 +63,14 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
         H = H[order][:, order]
     mean = float(H.diagonal()[~dead[order] if order is not None else ~dead].mean()) if not bool(dead.all()) else 1.0
     share = damp
-    while True:
+    while share * mean < LIMIT:
         trial = H.clone()
         trial.diagonal().add_(share * mean)
         upper = _inverse_factor(trial)
         if upper is not None:
             return Factor(upper, order, share)
-        share *= 10
+        share = share * 10 or 1e-3
+    raise ValueError("no damping makes the Hessian positive definite in float32")
 
 
 def _inverse_factor(H: torch.Tensor) -> torch.Tensor | None:

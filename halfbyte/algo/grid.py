@@ -62,7 +62,8 @@ def get_grid(name: str) -> Grid:
     from halfbyte.algo.int4 import Int4Asym, Int4Sym
     from halfbyte.algo.nvfp4 import NVFP4
 
-    return {"int4_sym": Int4Sym, "int4_asym": Int4Asym, "nvfp4": NVFP4}[name]()
+    grids: dict[str, type[Grid]] = {"int4_sym": Int4Sym, "int4_asym": Int4Asym, "nvfp4": NVFP4}
+    return grids[name]()
 
 
 def dequantize(q: QuantizedLinear) -> torch.Tensor:

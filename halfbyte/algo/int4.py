@@ -89,7 +89,8 @@ class Int4Asym:
         return codes - zeros
 
     def snap(self, x: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-        return self.encode(x, zeros) - zeros
+        assert zeros is not None
+        return self.encode(x, zeros).sub_(zeros)
 
     def global_scale(self, weights: list[torch.Tensor]) -> float | None:
         return None

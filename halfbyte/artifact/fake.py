@@ -36,10 +36,8 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     schemes = form.parse(declared, names)
     for name, scheme in schemes.items():
         owned = checkpoint.load_all(name + ".")
-        if (
-            scheme is None
-            or set(owned) <= {"weight", "bias"}
-            and owned.get("weight", torch.empty(0)).dtype != torch.uint8
+        if scheme is None or (
+            set(owned) <= {"weight", "bias"} and owned.get("weight", torch.empty(0)).dtype != torch.uint8
         ):
             continue
         tensors = {f"{name}.{leaf}": value for leaf, value in owned.items()}

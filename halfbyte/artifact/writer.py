@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class ArtifactWriter:
             shards[-1].append(piece)
         for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
             stale.unlink(missing_ok=True)
-        places = {}
+        places: dict[str, str] = {}
         for number, pieces in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, torch.Tensor] = {}
@@ -178,8 +179,7 @@ class ArtifactWriter:
         extras = [self.checkpoint.path / name for name in COPIED]
         for file in [*self.checkpoint.tokenizer_files(), *extras]:
             if file.is_file():
-                source = file
-                write_atomically(self.directory / file.name, lambda new, source=source: shutil.copyfile(source, new))
+                write_atomically(self.directory / file.name, partial(shutil.copyfile, file))
 
     def _sizes(self, linears: dict[str, Any]) -> dict[str, Any]:
         header = {n: i for f in self.directory.glob("*.safetensors") for n, i in read_header(f).items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from halfbyte.algo import Factor, Options, Solved, Stats, find_scale, get_grid, solve_group
+from halfbyte.errors import HalfbyteError
 from halfbyte.models import Family, Fold
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import LinearGroup, Scheme
@@ -49,12 +51,15 @@ def solve_block(
     tensors   the block's tensors by name relative to the block, on the device that solves
     stats     by group kind (missing: data-free)
     factors   a cache that recipes with the same statistics, damping and order share
+    Raises HalfbyteError where a weight or a calibration input is not finite.
     """
     prefix = family.block(index) + "."
     todo = [g for g in family.groups if prefix + g.names[0] in schemes]
     result = BlockResult()
     weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
     group_stats = {g.kind: stats.get(g.kind) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
+    for group in todo:
+        _refuse_broken(prefix, group, weights, group_stats[group.kind])
     scaled: set[str] = set()
     if recipe.scaling == "awq":
         scaled = _scale(recipe, family, prefix, schemes, todo, tensors, weights, group_stats, result)
@@ -72,6 +77,14 @@ def solve_block(
         for name, one in zip(group.names, solved):
             result.linears[prefix + name] = _with_input_scale(recipe, one, here)
     return result
+
+
+def _refuse_broken(prefix: str, group: LinearGroup, weights: dict[str, torch.Tensor], stats: Stats) -> None:
+    for name in group.names:
+        if not bool(weights[name].isfinite().all()):
+            raise HalfbyteError(f"{prefix}{name}.weight holds numbers that are not finite: fetch the model again")
+    if not (math.isfinite(stats.absmax) and bool(stats.second_moment_I.isfinite().all())):
+        raise HalfbyteError(f"{prefix}{group.fused}: its calibration inputs are not finite: is the model broken?")
 
 
 def _with_input_scale(recipe: Recipe, solved: Solved, stats: Stats) -> Solved:
@@ -127,15 +140,16 @@ def _absorb(
     result: BlockResult,
 ) -> torch.Tensor:
     """Divide what precedes by s; returns the scale that was really absorbed (a norm's weight is rounded to BF16,
-    and the linears take up the rounding)."""
+    and the linears take up the rounding; a weight that would round to nothing stays as it is)."""
     if fold.norm:
         offset = family.architecture.norm_offset
         old = tensors[f"{fold.norm}.weight"]
-        new = ((old.float() + offset) / s - offset).to(old.dtype)
-        before, after = old.float() + offset, new.float() + offset
-        result.tensors[f"{prefix}{fold.norm}.weight"] = new
-        usable = (after != 0) & (before != 0) & (before.sign() == after.sign())
-        return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), s)
+        before = old.float() + offset
+        new = (before / s - offset).to(old.dtype)
+        after = new.float() + offset
+        usable = (after != 0) & (before != 0)
+        result.tensors[f"{prefix}{fold.norm}.weight"] = torch.where(usable, new, old)
+        return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(s))
     weight = weights[fold.linear]
     rows = _rows(fold, family, len(weight))
     per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s

@@ -60,7 +60,7 @@ class Collectors:
         self.keep: torch.Tensor | None = None
         self._block, self._groups, self._handles = block, groups, list[Any]()
         for group, gram in groups.items():
-            width = block.get_submodule(group.names[0]).weight.shape[1]
+            width = block.get_parameter(f"{group.names[0]}.weight").shape[1]
             self.by_kind[group.kind] = Collector(int(width), gram, device)
 
     def __enter__(self) -> Collectors:

@@ -218,7 +218,7 @@ class _Pass:
         if activations is not None:
             collector = Collector(weight.shape[1], self.gram, self.skeleton.device)
             for x, keep in zip(*activations):
-                flat = self.skeleton.inner.norm(x).flatten(0, -2)
+                flat = self.skeleton.normed(x).flatten(0, -2)
                 collector.add(flat if keep is None else flat[keep])
             stats = collector.stats()
         for job in waiting:

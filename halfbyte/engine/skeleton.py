@@ -60,8 +60,16 @@ class Skeleton:
             raise HalfbyteError(f"{self.checkpoint.path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
         for name, _ in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
+            wanted = module.get_parameter(name).shape
+            if tensors[name].shape != wanted:
+                found = f"{list(tensors[name].shape)}, and config.json makes it {list(wanted)}"
+                raise HalfbyteError(f"{self.checkpoint.path}: {prefix}{name} is {found}: do they belong together?")
             value = tensors[name].to(self.device, self.dtype)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm's output: what lm_head reads."""
+        return self.inner.get_submodule("norm")(hidden)
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in `dtype` on `device`."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from halfbyte.errors import HalfbyteError, UsageError
 
@@ -60,32 +62,47 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again") from error
     if not isinstance(header, dict):
         raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again")
-    tensors = {}
-    end = 0
+    tensors, spans = {}, []
     for name, entry in header.items():
         if name != "__metadata__":
-            tensors[name], stop = _entry(file, name, entry)
-            end = max(end, stop)
+            tensors[name], span = _entry(file, name, entry)
+            spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise HalfbyteError(f"{file}: tensors overlap or leave a hole at byte {min(start, end):,}: fetch it again")
+        end = stop
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "longer than its header says"
         raise HalfbyteError(f"{file} is {state} ({size:,} bytes, header says {8 + length + end:,}): fetch it again")
     return tensors
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
+def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         start, stop = entry["data_offsets"]
         count = 1
+        for number in (*shape, start, stop):
+            if type(number) is not int or number < 0:
+                raise ValueError(number)
         for extent in shape:
-            if not isinstance(extent, int) or extent < 0:
-                raise ValueError(extent)
             count *= extent
-        if dtype not in _BYTES or stop - start != count * _BYTES[dtype] or start < 0:
+        if dtype not in _BYTES or stop - start != count * _BYTES[dtype]:
             raise ValueError(dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise HalfbyteError(f"{file}: the header entry of {name[:80]!r} is malformed: fetch it again") from error
-    return TensorInfo(name, dtype, shape, stop - start, file), stop
+    return TensorInfo(name, dtype, shape, stop - start, file), (start, stop)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HalfbyteError(f"{file} cannot be read ({reason}): fetch it again") from error
 
 
 def hash_file(path: Path) -> str:
@@ -124,8 +141,11 @@ class Checkpoint:
         """The weight files, in name order, as the index (or their presence) states them."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
+                raise HalfbyteError(f"{index} has no weight_map of tensor names to files: fetch the model again")
+            names = sorted(set(places.values()))
+            bad = [n for n in names if Path(n).name != n or n == ".."]
             if bad:
                 raise HalfbyteError(f"{index} names a shard outside the directory ({bad[0]!r}): refused")
             missing = [n for n in names if not (self.path / n).is_file()]
@@ -162,7 +182,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise HalfbyteError(f"{self.path} lacks the tensor {name}: is the model whole?")
-        with safe_open(info.file, framework="pt") as handle:
+        with _opened(info.file) as handle:
             return handle.get_tensor(name)
 
     def load_all(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -173,7 +193,7 @@ class Checkpoint:
                 wanted.setdefault(info.file, []).append(name)
         loaded = {}
         for file, names in wanted.items():
-            with safe_open(file, framework="pt") as handle:
+            with _opened(file) as handle:
                 for name in names:
                     loaded[name[len(prefix) :]] = handle.get_tensor(name)
         return loaded

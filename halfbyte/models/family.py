@@ -125,9 +125,8 @@ def family_of(config: dict) -> Family:
         raise HalfbyteError(
             f"model_type {model_type!r} is not supported: which linears share an input is known for {known} only"
         )
-    missing = [
-        k for k in ("num_hidden_layers", "hidden_size", "num_attention_heads") if not isinstance(config.get(k), int)
-    ]
+    counts = {k: config.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    missing = [k for k, v in counts.items() if type(v) is not int or v < 1]
     if missing:
         raise HalfbyteError(f"config.json lacks {', '.join(missing)}: is it a whole {model_type} config?")
     heads = config["num_attention_heads"]

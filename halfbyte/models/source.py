@@ -37,13 +37,13 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
     if model == DEMO_MODEL:
         return _demo_model(progress or Quiet())
     path = Path(model)
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.exists():
         raise UsageError(f"{model} is a file: name the model's directory")
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
-    raise UsageError(f"{model} is no directory, no hub id (org/name) and not {DEMO_MODEL}")
+    raise UsageError(f"{model or 'the empty name'} is no directory, no hub id (org/name) and not {DEMO_MODEL}")
 
 
 def _from_hub(model: str) -> Path:

@@ -76,13 +76,31 @@ class _Ignore:
                     raise UsageError(f"ignore: {entry!r} is no regular expression ({error})") from error
 
     def match(self, name: str) -> str | None:
-        """The entry that matches `name`, if any."""
-        for entry in self.entries:
-            pattern = self.patterns.get(entry)
-            if pattern.fullmatch(name) if pattern else name == entry or name.startswith(entry + "."):
-                self.used.add(entry)
-                return entry
-        return None
+        """The first entry that matches `name`, if any; every one that does counts as used."""
+        hits = [entry for entry in self.entries if self._covers(entry, name)]
+        self.used.update(hits)
+        return hits[0] if hits else None
+
+    def match_group(self, names: list[str], fused: str) -> str | None:
+        """The entry that keeps a fused group. A pattern that finds some members keeps a part, even where it happens
+        to find the fused name too (`.*v_proj` finds qkv_proj): that is refused."""
+        hits = [self.match(name) for name in names]
+        first = next((hit for hit in hits if hit), None)
+        if all(hits):
+            return first
+        whole = self.match(fused)
+        if whole and not any(self._covers(whole, name) for name in names):
+            return whole
+        if first is None:
+            return None
+        rest = ", ".join(name.rsplit(".", 1)[-1] for name, hit in zip(names, hits) if not hit)
+        raise UsageError(f"ignore: {first!r} keeps a part of {fused}, which vLLM fuses: keep {rest} as well, or none")
+
+    def _covers(self, entry: str, name: str) -> bool:
+        pattern = self.patterns.get(entry)
+        if pattern is not None:
+            return pattern.fullmatch(name) is not None
+        return name == entry or name.startswith(entry + ".")
 
     def refuse_unused(self, family: Family) -> None:
         known = {family.lm_head, family.embedding, family.embedding.rsplit(".", 1)[-1]}
@@ -111,12 +129,9 @@ def _fate(
     width: int,
     ignored: _Ignore,
 ) -> tuple[Scheme | None, str]:
-    hits = [entry for entry in (ignored.match(n) for n in names) if entry] or [e for e in [ignored.match(fused)] if e]
-    if hits and len(hits) < len(names) and not ignored.match(fused):
-        rest = ", ".join(n.rsplit(".", 1)[-1] for n in names if not ignored.match(n))
-        raise UsageError(f"ignore: {hits[0]!r} keeps a part of {fused}, which vLLM fuses: keep {rest} as well, or none")
-    if hits:
-        return None, f"ignore: {hits[0]}"
+    entry = ignored.match_group(names, fused)
+    if entry:
+        return None, f"ignore: {entry}"
     edge = min(index, family.num_blocks - 1 - index) < recipe.boundary.blocks
     if edge and recipe.boundary.keep == "blocks":
         return None, "boundary block"
@@ -142,7 +157,7 @@ def _scheme(recipe: Recipe, name: str, width: int) -> tuple[Scheme | None, str]:
 
 def _head(recipe: Recipe, checkpoint: Checkpoint, family: Family, ignored: _Ignore) -> LinearPlan:
     name = family.lm_head
-    tied = not checkpoint.has(f"{name}.weight")
+    tied = family.tied or not checkpoint.has(f"{name}.weight")
     out, width = _shape(checkpoint, family.embedding if tied else name)
     entry = ignored.match(name)
     if entry:

@@ -70,7 +70,7 @@ class Recipe(_Strict):
     boundary: Boundary = Field(default_factory=Boundary, description="protection of the first and last blocks")
     indivisible: Literal["error", "smaller", "keep"] = Field(
         default="error",
-        description="a linear whose in_features the group size does not divide: an error, the next smaller size, or BF16",
+        description="where group_size does not divide in_features: an error, the next smaller size, or BF16",
     )
     activations: Literal["bf16", "fp4"] = Field(
         default="bf16",

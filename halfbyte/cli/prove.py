@@ -1,0 +1,112 @@
+"""check, eval, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.console import Format, emit, progress
+from halfbyte.cli.make import Style, Text
+
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory.")]
+SERVED_SEED = 7
+
+
+def check(
+    directory: Artifact,
+    serve: Annotated[bool, typer.Option("--serve", help="Load it in real vLLM and compare what it computes.")] = False,
+    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")] = "cpu",
+    text: Text = None,
+    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write check.json (and served.json) here.")
+    ] = None,
+    style: Style = Format.human,
+) -> None:
+    """Structure, numbers, hashes; with --serve it really loads in vLLM and is scored over HTTP."""
+    from halfbyte.artifact import check_artifact
+    from halfbyte.cli.words import check_words
+    from halfbyte.files import write_json
+
+    with progress() as shown:
+        result = check_artifact(directory, shown)
+        served = _serve(directory, on, text, vllm, output, shown) if serve and result["ok"] else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "check.json", result)
+        if served:
+            write_json(output / "served.json", served)
+    emit({**result, "served": served}, style, check_words(directory, result, served))
+    if not result["ok"] or (served is not None and not served["passed"]):
+        raise typer.Exit(1)
+
+
+def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped-def]
+    import tempfile
+
+    from halfbyte.artifact import load_fake_quantized
+    from halfbyte.evaluate import compare_served
+    from halfbyte.experiments.quantize import load_tokenizer
+    from halfbyte.experiments.run import own_windows, windows_of
+    from halfbyte.serving import find_vllm
+
+    find_vllm(vllm)
+    tokenizer = load_tokenizer(directory)
+    if text:
+        windows = windows_of(text, tokenizer, 512, None, 20)
+    else:
+        windows = own_windows(load_fake_quantized(directory), tokenizer, SERVED_SEED, shown)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = (output or Path(scratch)) / "vllm.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, progress=shown)
+
+
+def evaluate(
+    directory: Artifact,
+    baseline: Annotated[str | None, typer.Option(help="The BF16 model; the one it was made of, unless named.")] = None,
+    text: Text = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens from one window's start to the next.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows (all, unless said).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the model's own text, where no text is given.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write eval.json here.")] = None,
+    style: Style = Format.human,
+) -> None:
+    """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor."""
+    from halfbyte.artifact import load_fake_quantized
+    from halfbyte.cli.words import eval_words
+    from halfbyte.evaluate import compare, set_windows, write_result
+    from halfbyte.experiments.quantize import load_model, load_tokenizer, self_generated
+    from halfbyte.experiments.run import artifact_baseline, windows_of
+    from halfbyte.models import resolve_model
+    from halfbyte.recipe import CalibrationSpec
+
+    with progress() as shown:
+        name = baseline or artifact_baseline(directory)
+        path = resolve_model(name, shown)
+        if text:
+            scored = windows_of(text, load_tokenizer(path), window, stride, windows)
+        else:
+            spec = CalibrationSpec(sequences=windows or 64, max_tokens=256, seed=seed)
+            scored = set_windows(self_generated(path, spec, device, shown))
+        quantized = load_fake_quantized(directory, device=device)
+        fidelity = compare(load_model(path, device), quantized, scored, progress=shown)
+    result = fidelity.result(str(directory), name)
+    if output:
+        write_result(output, fidelity, str(directory), name)
+    emit(result, style, f"{eval_words(result)}\n\nnext: halfbyte serve {directory} --on PLATFORM --print")
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    style: Style = Format.human,
+) -> None:
+    """One self-contained HTML page and the same tables in Markdown, from a run's result files."""
+    from halfbyte.report import build_report
+
+    page, plain = build_report(directory)
+    emit({"html": str(page), "markdown": str(plain)}, style, f"{page}\n{plain}")

@@ -1,0 +1,115 @@
+"""serve, ls, env."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.console import Format, emit
+from halfbyte.cli.make import Concurrency, Context, Style
+from halfbyte.errors import HalfbyteError, UsageError
+
+
+def serve(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's (or a BF16 model's) directory.")],
+    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="h100, mi325x, cpu.")],
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command, run nothing.")] = False,
+    length: Context = None,
+    concurrency: Concurrency = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="vLLM's own default is 8000.")] = None,
+    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    style: Style = Format.human,
+) -> None:
+    """The vLLM command that works for this artifact there; without --print it runs. After --: words for vLLM."""
+    from halfbyte.evaluate.served import format_of
+    from halfbyte.models import Checkpoint
+    from halfbyte.serving import find_vllm, run_in_place, serve_command
+
+    Checkpoint(directory)
+    install = None
+    try:
+        install = find_vllm(vllm)
+    except HalfbyteError:
+        if not only_print or vllm:
+            raise
+    command = serve_command(
+        directory,
+        format_of(directory),
+        on,
+        context=length,
+        concurrency=concurrency,
+        port=port,
+        extra=context.args,
+        vllm_version=install.version if install and not only_print else None,
+    )
+    for note in command.notes:
+        typer.echo(f"note: {note}", err=True)
+    if only_print:
+        value = {"argv": command.argv, "env": command.env, "notes": command.notes}
+        emit(value, style, command.shell())
+        return
+    assert install is not None
+    run_in_place(command, install)
+
+
+def ls(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="recipes, platforms or methods.")],
+    style: Style = Format.human,
+) -> None:
+    """List recipes, platforms or methods, a line each."""
+    listings = {"recipes": _recipes, "platforms": _platforms, "methods": _methods}
+    if what not in listings:
+        raise UsageError(f"ls {what}: use {', '.join(listings)}")
+    rows = listings[what]()
+    width = max(len(name) for name in rows)
+    emit(rows, style, "\n".join(f"{name:{width}}  {line}" for name, line in rows.items()))
+
+
+def _recipes() -> dict[str, str]:
+    from halfbyte.recipe import list_presets
+
+    return {name: description for name, description, _ in list_presets()}
+
+
+def _platforms() -> dict[str, str]:
+    from halfbyte.platforms import list_platforms, load_platform
+
+    rows = {}
+    for name in list_platforms():
+        platform = load_platform(name)
+        loads = [f for f in platform.formats if platform.support(f, platform.default_variant(f)).loads]
+        rows[name] = f"{platform.label}; loads {', '.join(loads)}"
+    return rows
+
+
+def _methods() -> dict[str, str]:
+    return {
+        "rtn": "round to nearest, scales searched by importance where there is calibration data (int4_sym)",
+        "gptq": "columns rounded in order of importance, the rest makes up for the error (int4_sym)",
+        "awq": "input scales folded into what precedes, then rounding by GPTQ or to nearest (int4_asym)",
+        "nvfp4": "FP4 values with E4M3 block scales; GPTQ rounding, or data-free with rounding: rtn (nvfp4)",
+    }
+
+
+def env(
+    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    style: Style = Format.human,
+) -> None:
+    """Versions, the machine, the vLLM that is found, and what is known of it."""
+    from halfbyte.artifact.manifest import git_commit, versions
+    from halfbyte.platforms import facts_for
+    from halfbyte.serving import find_vllm
+
+    found: dict[str, str | None] = {**versions(), "git": git_commit()}
+    try:
+        install = find_vllm(vllm)
+        found |= {"vllm": install.version, "vllm_executable": str(install.executable)}
+        found["vllm_facts"] = facts_for(install.version).notice or "known: its facts were read from this release"
+    except HalfbyteError as error:
+        if vllm:
+            raise
+        found |= {"vllm": None, "vllm_facts": str(error)}
+    emit(found, style, "\n".join(f"{name:16}{value if value is not None else '-'}" for name, value in found.items()))

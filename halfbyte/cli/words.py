@@ -1,0 +1,87 @@
+"""Results in a few lines for a terminal: path, size, bits a weight, worst linear, the next command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+
+
+def artifact_words(directory: Path, manifest: dict[str, Any]) -> str:
+    """The last lines of `quantize`."""
+    return f"{size_line(directory, manifest)}\n{worst_line(manifest)}\nnext: halfbyte check {directory} --serve"
+
+
+def size_line(directory: Path, manifest: dict[str, Any]) -> str:
+    """Path, bytes and bits a quantized weight."""
+    before, after = manifest["bytes_bf16"] / MIB, manifest["bytes"] / MIB
+    bits = manifest["bits_per_weight"]
+    return f"{directory}: {after:,.0f} MiB (BF16: {before:,.0f} MiB), {bits:.3f} bits a quantized weight"
+
+
+def worst_line(manifest: dict[str, Any]) -> str:
+    """The linear with the largest relative output error."""
+    errors = {n: row["error"]["relative"] for n, row in manifest["linears"].items() if row["scheme"]}
+    worst = max(errors, key=lambda n: errors[n])
+    mean = sum(errors.values()) / len(errors)
+    return f"output error: {mean:.2%} on average, worst {errors[worst]:.2%} in {worst}"
+
+
+def check_words(directory: Path, result: dict[str, Any], served: dict[str, Any] | None) -> str:
+    """What `check` found."""
+    lines = [f"{f['code']}: {f['where']}: {f['message']}" for f in result["findings"]]
+    verdict = "is sound" if result["ok"] else f"is damaged ({len(lines)} findings)"
+    lines.append(f"{directory} {verdict}: {result['tensors']} tensors, {result['bytes'] / MIB:,.0f} MiB")
+    if served is not None:
+        lines.append(served_line(served))
+    lines.append(f"next: halfbyte eval {directory}" if result["ok"] else "next: quantize again with --force")
+    return "\n".join(lines)
+
+
+def served_line(served: dict[str, Any]) -> str:
+    """What vLLM made of the artifact."""
+    if served["status"] != "served":
+        return f"not served: {served['reason']}"
+    apart = f"{served['relative_difference']:.2%} apart (limit {served['limit']:.1%})"
+    figures = f"perplexity {served['ppl_served']:.3f}, reference {served['ppl_reference']:.3f}, {apart}"
+    said = " ".join(str(served["completion"]).split())[:60]
+    verdict = "agrees" if served["passed"] else f"does NOT agree: {served['reason']}"
+    return f"served by vLLM {served['vllm']}: {verdict}; {figures}; it says: {said!r}"
+
+
+def eval_words(result: dict[str, Any]) -> str:
+    """The fidelity table."""
+    names = {
+        "ppl_baseline": "perplexity, BF16",
+        "ppl": "perplexity, 4-bit",
+        "ppl_ratio": "perplexity, ratio",
+        "kl_mean": "KL, mean (nats)",
+        "kl_median": "KL, median",
+        "kl_p99": "KL, p99",
+        "kl_p999": "KL, p99.9",
+        "top1": "top-1 agreement",
+        "loglik_gap": "log-likelihood lost",
+    }
+    text, floor = result["text"], result["noise_floor"]
+    shape = f"{text['windows']} windows of up to {text['window']}, stride {text['stride']}"
+    lines = [f"{text['source']}: {shape}, {text['tokens']:,} scored tokens", ""]
+    lines.append(f"{'':22}{'value':>10}  {'95 % interval':^23}  {'noise floor':>11}")
+    for key, label in names.items():
+        m = result["metrics"][key]
+        noise = f"{floor[key]:>11.4g}" if key in floor else ""
+        lines.append(f"{label:22}{m['value']:>10.4f}  {m['low']:>10.4f} .. {m['high']:<10.4f} {noise}")
+    return "\n".join(lines)
+
+
+def run_words(directory: Path, result: dict[str, Any]) -> str:
+    """The end of `run`: the verdict first, then the evidence, then what to do next."""
+    manifest, gates = result["manifest"], result["gates"]
+    lines = [gates["text"], "", eval_words(result["eval"]), "", size_line(directory / "model", manifest)]
+    lines += [worst_line(manifest), served_line(result["served"]), ""]
+    if not result["fresh"]:
+        lines.append(f"everything was there already; looked through in {result['seconds']:.1f} s")
+    lines.append(f"report: {directory / 'report.html'} (and report.md)")
+    platforms = result["plan"]["request"]["platforms"]
+    lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""One 4-bit checkpoint: recipe, plan, calibration, the pass over the blocks, the artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.artifact import ArtifactWriter, read_manifest
+from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
+from halfbyte.engine import BlockResult, Job, quantize_blocks, work_id
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import locked
+from halfbyte.models import Checkpoint, cache_dir, resolve_model
+from halfbyte.plan.layers import assign, quantized
+from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
+from halfbyte.types import Progress, Quiet
+
+LEAST_TOKENS = 2048
+"""Calibration tokens below which a Hessian says little: refused."""
+
+
+def quantize(
+    model: str,
+    recipe: str | Path | Recipe,
+    output_dir: str | Path,
+    calibration: Sequence[str | Path] | CalibrationSet | None = None,
+    *,
+    device: str | None = None,
+    force: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
+
+    model         a directory, a hub id or "smollm2-135m"
+    recipe        a preset's name, a YAML file or a Recipe
+    calibration   a set made by `halfbyte calibrate`, or text files; None: the model writes its own text where
+                  the recipe needs any
+    force         give up what `output_dir` holds
+    An interrupted run goes on where it was; a finished one is recognised and returned.
+    Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
+    """
+    progress = progress or Quiet()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    path = resolve_model(model, progress)
+    checkpoint = Checkpoint(path)
+    plans = assign(recipe, checkpoint)
+    if not quantized(plans):
+        raise UsageError("the recipe leaves every linear in BF16: nothing to quantize")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    output = Path(output_dir)
+    with locked(output):
+        data = calibration_for(recipe, path, calibration, device, progress)
+        fingerprint = checkpoint.fingerprint()
+        work = work_id(recipe, fingerprint, data.sha256 if data else None)
+        writer = ArtifactWriter(output, checkpoint, recipe, plans, work)
+        writer.open(force)
+        if writer.finished:
+            progress.say(f"{output} is finished: nothing to do")
+            return read_manifest(output)
+        notices: list[str] = []
+        started = time.monotonic()
+        resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
+        job = _job(writer, recipe, notices)
+        quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+        progress.start("writing the checkpoint", 1)
+        facts = {
+            "model": {"name": model, "path": str(path), "sha256": fingerprint},
+            "tokenizer_sha256": _tokenizer_hash(path),
+            "calibration": data.manifest if data else None,
+            "seeds": {"calibration": recipe.calibration.seed},
+            "command": command,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "resumed": resumed,
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_device_mib": torch.cuda.max_memory_allocated() >> 20 if device.startswith("cuda") else None,
+            "notices": notices,
+        }
+        manifest = writer.finish(facts)
+        progress.advance()
+        return manifest
+
+
+def _job(writer: ArtifactWriter, recipe: Recipe, notices: list[str]) -> Job:
+    def emit(block: int, result: BlockResult) -> None:
+        notices.extend(result.notices)
+        writer.emit(block, result.linears, result.tensors, result.seconds)
+
+    return Job(recipe, quantized(writer.plans), writer.done, emit)
+
+
+def calibration_for(
+    recipe: Recipe,
+    model: Path,
+    given: Sequence[str | Path] | CalibrationSet | None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> CalibrationSet | None:
+    """The calibration set a recipe is carried out with: the one given, one built from text files, or (where the
+    recipe needs one) one that the model writes itself, kept in the cache. Raises HalfbyteError for too few tokens."""
+    if isinstance(given, CalibrationSet):
+        data = given
+    elif given and len(given) == 1 and Path(given[0]).is_dir():
+        data = CalibrationSet.load(given[0])
+    elif given:
+        data = build(load_tokenizer(model), recipe.calibration, sources=given, progress=progress)
+    elif recipe.needs_calibration:
+        data = self_generated(model, recipe.calibration, device, progress)
+    else:
+        return None
+    if data.tokens < LEAST_TOKENS:
+        raise HalfbyteError(
+            f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
+        )
+    return data
+
+
+def self_generated(
+    model: Path, spec: CalibrationSpec, device: str = "cpu", progress: Progress | None = None
+) -> CalibrationSet:
+    """Text that the model writes itself, cached by model and spec."""
+    name = json.dumps(
+        {"model": Checkpoint(model).fingerprint(), "spec": spec.model_dump(), "version": 1}, sort_keys=True
+    )
+    place = cache_dir() / "calibration" / hashlib.sha256(name.encode()).hexdigest()[:32]
+    if (place / "manifest.json").is_file():
+        return CalibrationSet.load(place)
+    data = build(load_tokenizer(model), spec, model=load_model(model, device), progress=progress)
+    data.save(place)
+    return data
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error
+
+
+def load_model(path: Path, device: str = "cpu") -> Any:
+    """The BF16 model, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    Checkpoint(path).tensors  # noqa: B018  a missing or truncated shard gets its one line here
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        return model.to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HalfbyteError(f"{path} cannot be loaded by transformers: {reason}") from error
+
+
+def _tokenizer_hash(path: Path) -> str | None:
+    files: Iterable[Path] = Checkpoint(path).tokenizer_files()
+    return tokenizer_sha256(load_tokenizer(path)) if files else None

@@ -1,0 +1,290 @@
+"""The main job as a chain of stages: plan, calibrate, quantize, check, serve, evaluate, judge, report.
+
+Each stage leaves its result in the run directory under a key made of all that it depends on. A second run finds the
+results whose keys still hold and does only the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import halfbyte
+from halfbyte.artifact import check_artifact, load_fake_quantized, model_card, read_manifest
+from halfbyte.calibration import CalibrationSet, build
+from halfbyte.engine import ALGORITHM_VERSION
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.experiments.gates import evaluate_gates, resolve_gates
+from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize, self_generated
+from halfbyte.files import locked, write_json, write_text
+from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.checkpoint import read_json
+from halfbyte.plan import make_plan, variant_of
+from halfbyte.platforms import Platform, load_platform
+from halfbyte.recipe import CalibrationSpec, Recipe
+from halfbyte.report import build_report
+from halfbyte.serving import serve_command
+from halfbyte.types import Progress, Quiet
+
+OWN_TEXT = CalibrationSpec(sequences=64, max_tokens=256, seed=0)
+"""How much a model writes to calibrate on where there is no text."""
+HELD_OUT = CalibrationSpec(sequences=64, max_tokens=256, seed=1)
+"""How much it writes to be judged on: other samples than those it was calibrated on."""
+TEXT_WINDOW = 512
+TEXT_WINDOWS = 40
+CALIBRATION_SHARE = 0.8
+"""Of the user's text: the rest is held out."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What `halfbyte run` was asked. `recipe` None: the plan chooses. `text` empty: the model writes its own."""
+
+    model: str
+    platforms: tuple[str, ...]
+    output: Path
+    recipe: Recipe | None = None
+    text: tuple[Path, ...] = ()
+    gates: tuple[str, ...] = ()
+    vllm: str | None = None
+    context: int | None = None
+    concurrency: int | None = None
+    device: str | None = None
+    force: bool = False
+    command: str | None = None
+
+
+@dataclass
+class _Stages:
+    """The results so far and the keys they were made under (run.json)."""
+
+    directory: Path
+    force: bool
+    keys: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+
+    def load(self) -> None:
+        path = self.directory / "run.json"
+        if path.is_file() and not self.force:
+            state = read_json(path)
+            self.keys, self.seconds = dict(state.get("keys", {})), dict(state.get("seconds", {}))
+
+    def do(self, name: str, key: dict[str, Any], product: str, make: Callable[[], Any]) -> None:
+        """Run `make` unless its product is there under the same key."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        if self.keys.get(name) == digest and (self.directory / product).exists():
+            return
+        self.keys.pop(name, None)
+        started = time.monotonic()
+        make()
+        self.fresh.append(name)
+        self.keys[name] = digest
+        self.seconds[name] = round(time.monotonic() - started, 2)
+        write_json(self.directory / "run.json", {"schema": 1, "keys": self.keys, "seconds": self.seconds})
+
+
+def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Do the main job in `request.output`; returns {"gates", "manifest", "eval", "served", "check", "plan", …}.
+
+    Raises UsageError where the directory holds something that is not a run, HalfbyteError when a stage fails.
+    """
+    progress = progress or Quiet()
+    with locked(request.output):
+        _refuse_foreign(request)
+        return _Run(request, progress).go()
+
+
+def _refuse_foreign(request: RunRequest) -> None:
+    there = {p.name for p in request.output.iterdir()} - {".lock"}
+    if there and not there & {"run.json", "plan.json"} and not request.force:
+        raise UsageError(f"{request.output} is not empty and holds no halfbyte run: choose another -o, or --force")
+
+
+class _Run:
+    def __init__(self, request: RunRequest, progress: Progress):
+        self.request, self.progress, self.out = request, progress, request.output
+        self.gates = resolve_gates(request.gates)
+        self.platforms: list[Platform] = [load_platform(name) for name in request.platforms]
+        self.path = resolve_model(request.model, progress)
+        self.checkpoint = Checkpoint(self.path)
+        self.stages = _Stages(self.out, request.force)
+        self.stages.load()
+        self.artifact = self.out / "model"
+        self.base = {"model": self.checkpoint.fingerprint(), "halfbyte": halfbyte.__version__, "v": ALGORITHM_VERSION}
+
+    def go(self) -> dict[str, Any]:
+        started = time.monotonic()
+        plan = self._plan()
+        recipe = Recipe.model_validate(plan["recipe"])
+        data, windows = self._text(recipe)
+        manifest = quantize(
+            self.request.model,
+            recipe,
+            self.artifact,
+            data,
+            device=self.request.device,
+            force=self.request.force or self._other_work(recipe, data),
+            command=self.request.command,
+            progress=self.progress,
+        )
+        self._judge(manifest, windows)
+        commands = self._commands(recipe)
+        results = {name: read_json(self.out / f"{name}.json") for name in ("plan", "check", "served", "eval", "gates")}
+        card = model_card(manifest, results["eval"], results["served"], results["gates"], commands)
+        write_text(self.artifact / "README.md", card)
+        build_report(self.out)
+        return {
+            **results,
+            "manifest": manifest,
+            "commands": commands,
+            "fresh": self.stages.fresh,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+    def _plan(self) -> dict[str, Any]:
+        request = self.request
+        key = {**self.base, "recipe": request.recipe and request.recipe.identity(), "on": request.platforms}
+        key |= {"context": request.context, "concurrency": request.concurrency, "text": bool(request.text)}
+
+        def make() -> None:
+            plan = make_plan(
+                self.checkpoint,
+                request.recipe,
+                self.platforms,
+                request.context,
+                request.concurrency,
+                bool(request.text),
+                lambda r, p: self._command(r, p).shell(),
+            )
+            write_json(self.out / "plan.json", plan)
+
+        self.stages.do("plan", key, "plan.json", make)
+        return read_json(self.out / "plan.json")
+
+    def _command(self, recipe: Recipe, platform: Platform) -> Any:
+        return serve_command(
+            self.artifact,
+            recipe.format,
+            platform,
+            variant=variant_of(recipe),
+            context=self.request.context,
+            concurrency=self.request.concurrency,
+        )
+
+    def _text(self, recipe: Recipe) -> tuple[CalibrationSet, Windows]:
+        """The calibration set (kept in calibration/) and the held-out windows."""
+        tokenizer = load_tokenizer(self.path)
+        spec = recipe.calibration if self.request.text else OWN_TEXT
+        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.request.text if p.is_file()]
+        key = {**self.base, "spec": spec.model_dump(), "files": files}
+        text = list(self.request.text)
+
+        def make() -> None:
+            if text:
+                share = (0.0, CALIBRATION_SHARE)
+                data = build(tokenizer, spec, sources=text, portion=share, progress=self.progress)
+            else:
+                data = self_generated(self.path, spec, self.request.device or "cpu", self.progress)
+            data.save(self.out / "calibration")
+
+        self.stages.do("calibrate", key, "calibration/manifest.json", make)
+        data = CalibrationSet.load(self.out / "calibration")
+        if text:
+            windows = text_windows(text, tokenizer, window=TEXT_WINDOW, portion=(CALIBRATION_SHARE, 1.0))
+            return data, windows.first(TEXT_WINDOWS)
+        held = self_generated(self.path, HELD_OUT, self.request.device or "cpu", self.progress)
+        return data, set_windows(held)
+
+    def _other_work(self, recipe: Recipe, data: CalibrationSet) -> bool:
+        """Whether model/ holds this run's earlier work under another recipe: it is the run's own, so it may go."""
+        ours = {**self.base, "recipe": recipe.identity(), "calibration": data.sha256}
+        digest = hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
+        before = self.stages.keys.get("quantize")
+        if before != digest:
+            self.stages.keys["quantize"] = digest
+            state = {"schema": 1, "keys": self.stages.keys, "seconds": self.stages.seconds}
+            write_json(self.out / "run.json", state)
+        return before is not None and before != digest
+
+    def _judge(self, manifest: dict[str, Any], windows: Windows) -> None:
+        request, out = self.request, self.out
+        key = {**self.base, "work": manifest["work"], "files": manifest["files"]}
+        text = {**key, "windows": windows.sha256}
+
+        def evaluate() -> None:
+            device = request.device or "cpu"
+            baseline = load_model(self.path, device)
+            fidelity = compare(
+                baseline, load_fake_quantized(self.artifact, device=device), windows, progress=self.progress
+            )
+            write_result(out, fidelity, str(self.artifact), request.model)
+
+        def serve() -> None:
+            served = compare_served(
+                self.artifact,
+                windows,
+                platform=request.platforms[0],
+                vllm=request.vllm,
+                log_path=out / "vllm.log",
+                progress=self.progress,
+            )
+            write_served(out, served)
+
+        self.stages.do("check", key, "check.json", lambda: self._check())
+        before = _result(out / "served.json")
+        if before and before.get("status") != "served":
+            self.stages.keys.pop("served", None)
+        self.stages.do("served", {**text, "vllm": request.vllm}, "served.json", serve)
+        self.stages.do("eval", text, "eval.json", evaluate)
+        check, served, evaluation = (read_json(out / f"{n}.json") for n in ("check", "served", "eval"))
+        write_json(out / "gates.json", evaluate_gates(self.gates, evaluation, check, served))
+
+    def _check(self) -> None:
+        result = check_artifact(self.artifact, self.progress)
+        write_json(self.out / "check.json", result)
+        if not result["ok"]:
+            first = result["findings"][0]
+            raise HalfbyteError(
+                f"the artifact is damaged ({first['where']}: {first['message']}): run again with --force"
+            )
+
+    def _commands(self, recipe: Recipe) -> dict[str, str]:
+        lines = {}
+        for platform in self.platforms:
+            try:
+                lines[platform.name] = self._command(recipe, platform).shell()
+            except HalfbyteError as error:
+                self.progress.say(str(error))
+        script = "".join(f"# on {name}\n{line}\n" for name, line in lines.items())
+        write_text(self.out / "serve.sh", script)
+        return lines
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
+def artifact_baseline(directory: Path) -> str:
+    """The model that an artifact was made of, as its manifest names it."""
+    model = read_manifest(directory).get("model") or {}
+    path, name = model.get("path"), model.get("name")
+    return str(path) if path and Path(path).is_dir() else str(name)
+
+
+def own_windows(model: Any, tokenizer: Any, seed: int, progress: Progress) -> Windows:
+    """Windows that a model writes itself, for a check that needs no text."""
+    spec = CalibrationSpec(sequences=32, max_tokens=256, seed=seed)
+    return set_windows(build(tokenizer, spec, model=model, progress=progress))
+
+
+def windows_of(paths: Sequence[Path], tokenizer: Any, window: int, stride: int | None, count: int | None) -> Windows:
+    """Windows of the user's text files; all whole ones, at most `count`."""
+    windows = text_windows(list(paths), tokenizer, window=window, stride=stride)
+    return windows if count is None else windows.first(count)
