@@ -104,21 +104,27 @@ class Int4Asym:
         return Scales(scales, zeros)
 
 
-def _search_asymmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_asymmetric(
+    W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shrunken ranges, each with the zero that fits it and its neighbours; the scale refitted each time."""
     top, bottom = W_OGg.amax(-1).clamp_min(0), W_OGg.amin(-1).clamp_max(0)
     best = torch.full_like(top, torch.inf)
     chosen, zero = torch.ones_like(top), torch.zeros_like(top)
-    hw = W_OGg * h
     for ratio in ratios:
-        s = storable((top - bottom) * (ratio / 15))
-        z = (-bottom * ratio / s).round_().clamp_(0, 15)
-        d = (W_OGg / s[..., None]).round_().add_(z[..., None]).clamp_(0, 15).sub_(z[..., None])
-        cross, square = (hw * d).sum(-1), (d * d * h).sum(-1)
-        s = storable(cross / square.clamp_min(1e-30))
-        d = (W_OGg / s[..., None]).round_().add_(z[..., None]).clamp_(0, 15).sub_(z[..., None])
-        error = (W_OGg - d * s[..., None]).square_().mul_(h).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, s, chosen)
-        zero = torch.where(better, z, zero)
+        first = storable((top - bottom) * (ratio / 15))
+        steps = (W_OGg / first[..., None]).round_()
+        middle = (-bottom * ratio / first).round_()
+        for offset in (-1, 0, 1):
+            z = (middle + offset).clamp_(0, 15)
+            d = torch.minimum(torch.maximum(steps, -z[..., None]), 15 - z[..., None])
+            hd = d * h
+            s = storable((hd * W_OGg).sum(-1) / hd.mul_(d).sum(-1).clamp_min(1e-30))
+            error = (W_OGg / s[..., None]).round_()
+            error = torch.minimum(torch.maximum(error, -z[..., None]), 15 - z[..., None]).mul_(s[..., None])
+            error = error.sub_(W_OGg).square_().mul_(h).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            chosen = torch.where(better, s, chosen)
+            zero = torch.where(better, z, zero)
     return chosen, zero

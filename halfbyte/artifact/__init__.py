@@ -5,6 +5,14 @@ from halfbyte.artifact.check import check_artifact
 from halfbyte.artifact.check_files import MANIFEST
 from halfbyte.artifact.fake import load_fake_quantized
 from halfbyte.artifact.manifest import read_manifest
-from halfbyte.artifact.writer import ArtifactWriter
+from halfbyte.artifact.writer import ArtifactWriter, work_of
 
-__all__ = ["MANIFEST", "ArtifactWriter", "check_artifact", "load_fake_quantized", "model_card", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "ArtifactWriter",
+    "check_artifact",
+    "load_fake_quantized",
+    "model_card",
+    "read_manifest",
+    "work_of",
+]

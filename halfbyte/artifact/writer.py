@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
 from halfbyte.artifact.fingerprint import weight_fingerprint
 from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import write_atomically, write_json, write_tensors, write_text
+from halfbyte.files import TEMPORARY, make_directory, write_atomically, write_json, write_tensors, write_text
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Checkpoint, hash_file
 from halfbyte.models.checkpoint import read_header, read_json
@@ -30,6 +30,7 @@ from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
 
 PARTIAL = ".partial"
+STATE = "work.json"
 SHARD_BYTES = 1 << 30
 """Largest shard; one shard is held in memory while it is written."""
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
@@ -53,12 +54,15 @@ class ArtifactWriter:
         return _work_of(self.directory / MANIFEST) == self.work
 
     def open(self, force: bool = False) -> None:
-        """Make the directory ready: resume the same work, refuse anything else unless `force` clears it.
+        """Make the directory ready: resume the same work, refuse anything else.
 
+        force   clear the directory first, unless it holds this very work half done
         Raises UsageError when the directory holds something else.
         """
-        state = self.partial / "work.json"
-        if force and not self.finished and _work_of(state) != self.work:
+        state = self.partial / STATE
+        if self.finished and not force:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        elif force and (self.finished or _work_of(state) != self.work):
             _clear(self.directory)
         if _work_of(state) != self.work and not self.finished:
             there = [p.name for p in self.directory.iterdir() if p.name != ".lock"] if self.directory.is_dir() else []
@@ -67,14 +71,21 @@ class ArtifactWriter:
             elif there:
                 what = "another recipe, model or calibration" if state.exists() else f"{sorted(there)[0]!r}"
                 raise UsageError(f"{self.directory} is not empty (it holds {what}): choose another -o, or --force")
-            self.partial.mkdir(parents=True, exist_ok=True)
+            make_directory(self.partial)
             write_json(state, {"work": self.work})
 
     def done(self, block: int) -> bool:
         """Whether that block's result is kept."""
         return self._file(block).is_file()
 
-    def emit(self, block: int, linears: dict[str, Solved], tensors: dict[str, torch.Tensor], seconds: float) -> None:
+    def emit(
+        self,
+        block: int,
+        linears: dict[str, Solved],
+        tensors: dict[str, torch.Tensor],
+        seconds: float,
+        notices: Sequence[str] = (),
+    ) -> None:
         """Keep one block: pack its linears, note what each became, write both in one file."""
         packed: dict[str, torch.Tensor] = dict(tensors)
         report: dict[str, Any] = {}
@@ -86,7 +97,7 @@ class ArtifactWriter:
                 "damp": solved.damp,
                 "fingerprint": weight_fingerprint(dequantize(solved.q)),
             }
-        note = json.dumps({"linears": report, "seconds": seconds}, sort_keys=True)
+        note = json.dumps({"linears": report, "seconds": seconds, "notices": list(notices)}, sort_keys=True)
         write_tensors(self._file(block), packed, {"halfbyte": note})
 
     def _file(self, block: int) -> Path:
@@ -94,7 +105,7 @@ class ArtifactWriter:
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Assemble the artifact from the kept blocks; `facts` go into the manifest. Returns the manifest."""
-        linears, solving = self._reports()
+        linears, solving, notices = self._reports()
         self._write_shards()
         self._copy_files()
         schemes = {p.name: p.scheme for p in self.plans}
@@ -114,6 +125,7 @@ class ArtifactWriter:
             "versions": versions(),
             "git": git_commit(),
             "solving_seconds": round(solving, 3),
+            "notices": notices,
             **self._sizes(linears),
             "linears": linears,
             "files": self._hashes(),
@@ -122,10 +134,10 @@ class ArtifactWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         return manifest
 
-    def _reports(self) -> tuple[dict[str, Any], float]:
-        """Every linear's report (BF16 ones with scheme null and the reason), and the seconds spent solving."""
+    def _reports(self) -> tuple[dict[str, Any], float, list[str]]:
+        """Every linear's report (BF16 ones with scheme null and the reason), the seconds spent solving, notices."""
         found: dict[str, Any] = {}
-        seconds = 0.0
+        seconds, notices = 0.0, list[str]()
         for file in sorted(self.partial.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as handle:
@@ -134,6 +146,7 @@ class ArtifactWriter:
                 raise HalfbyteError(f"{file} is damaged: delete it and run the same command again") from error
             found |= note["linears"]
             seconds += note["seconds"]
+            notices += note["notices"]
         rows = {}
         for plan in self.plans:
             shape = {"out_features": plan.out_features, "in_features": plan.in_features, "kind": plan.kind}
@@ -143,7 +156,7 @@ class ArtifactWriter:
                 rows[plan.name] = {**found[plan.name], **shape}
             else:
                 raise HalfbyteError(f"{plan.name} was not quantized: run the same command again")
-        return rows, seconds
+        return rows, seconds, notices
 
     def _pieces(self) -> Iterator[tuple[str, int, Path]]:
         """(tensor name, bytes, file) of every tensor of the artifact, in the source model's order of names."""
@@ -197,12 +210,18 @@ class ArtifactWriter:
     def _hashes(self) -> dict[str, Any]:
         skip = {MANIFEST, "README.md", ".lock"}
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
+        files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
 
 
 def _natural(name: str) -> list[Any]:
     """model.layers.2 before model.layers.10; typed so that numbers and words never meet."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def work_of(directory: Path) -> str | None:
+    """The id of the work that a directory holds, finished or half done; None where it holds none."""
+    return _work_of(directory / MANIFEST) or _work_of(directory / PARTIAL / STATE)
 
 
 def _work_of(path: Path) -> str | None:

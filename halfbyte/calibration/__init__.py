@@ -3,7 +3,7 @@
 from halfbyte.calibration.build import build
 from halfbyte.calibration.selfgen import SelfGenerated, generate
 from halfbyte.calibration.sources import Document, describe_files, read_documents
-from halfbyte.calibration.store import CalibrationSet, write_json
+from halfbyte.calibration.store import CalibrationSet
 from halfbyte.calibration.tokens import leading_special, text_ids, tokenizer_sha256
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "read_documents",
     "text_ids",
     "tokenizer_sha256",
-    "write_json",
 ]

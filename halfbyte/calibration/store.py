@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import make_directory, write_json, write_tensors
 
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
@@ -68,13 +68,10 @@ class CalibrationSet:
         tensors = {"ids": ids, "offsets": offsets}
         if self.sampled is not None:
             tensors["sampled"] = torch.cat(self.sampled).to(torch.uint8)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / MANIFEST).unlink(missing_ok=True)
-            write_bytes(directory / TOKENS, save(tensors))
-            write_json(directory / MANIFEST, self.manifest)
-        except OSError as error:
-            raise HalfbyteError(f"{directory} cannot be written: {error.strerror}: free it or name another") from error
+        make_directory(directory)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        write_tensors(directory / TOKENS, tensors)
+        write_json(directory / MANIFEST, self.manifest)
         return directory
 
     @classmethod
@@ -119,24 +116,6 @@ def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
         row["sequences"] += 1
         row["tokens"] += length
     return list(rows.values())
-
-
-def write_json(path: Path, value: object) -> None:
-    """JSON to `path`, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Bytes to `path`, whole or not at all (a temporary file beside it, synced, then renamed)."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _flat(sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

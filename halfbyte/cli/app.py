@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 from halfbyte.cli import make, prove, serve
 from halfbyte.errors import HalfbyteError
+
+_CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+"""The base of typer's own usage errors, in whichever click it carries."""
+_INTERRUPTED = 130
+"""What typer returns for Ctrl-C instead of raising KeyboardInterrupt."""
 
 app = typer.Typer(
     name="halfbyte",
@@ -20,16 +26,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("plan")(make.plan)
-app.command("calibrate")(make.calibrate)
-app.command("quantize")(make.quantize)
-app.command("check")(prove.check)
-app.command("eval")(prove.evaluate)
-app.command("report")(prove.report)
-app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
-app.command("run")(make.run)
-app.command("ls")(serve.ls)
-app.command("env")(serve.env)
+app.command("plan", short_help="What to make of a model and why; no weight is read.")(make.plan)
+app.command("calibrate", short_help="Build a calibration set.")(make.calibrate)
+app.command("quantize", short_help="Make one 4-bit checkpoint.")(make.quantize)
+app.command("check", short_help="Prove that an artifact is whole; --serve: in real vLLM.")(prove.check)
+app.command("eval", short_help="Measure what 4 bits lost against BF16.")(prove.evaluate)
+app.command("report", short_help="A run's results as HTML and Markdown.")(prove.report)
+app.command(
+    "serve", short_help="Print or run the vLLM command that works.", context_settings={"allow_extra_args": True}
+)(serve.serve)
+app.command("run", short_help="The main job: all of the above in one.")(make.run)
+app.command("ls", short_help="List recipes, platforms or methods.")(serve.ls)
+app.command("env", short_help="Versions, the machine, the vLLM that is found.")(serve.env)
 
 
 def _quiet_libraries() -> None:
@@ -47,18 +55,37 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run the command line; exit codes: 0 done (accepted), 1 error, 2 usage, 3 a gate failed."""
-    _quiet_libraries()
     try:
-        app()
+        _quiet_libraries()
+        status = app(prog_name="halfbyte", standalone_mode=False)
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
     except HalfbyteError as error:
-        typer.echo(f"halfbyte: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("halfbyte: interrupted; the same command goes on where it was", err=True)
-        sys.exit(1)
+        _fail("interrupted; the same command goes on where it was", 1)
     except MemoryError:
-        typer.echo("halfbyte: out of memory: free some, or calibrate with fewer or shorter sequences", err=True)
-        sys.exit(1)
+        _fail("out of memory: free some, or calibrate with fewer or shorter sequences", 1)
+    except _CLICK as error:
+        _refuse(error)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    sys.exit(status or 0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    typer.echo(f"halfbyte: {' '.join(message.splitlines())}", err=True)
+    sys.exit(exit_code)
+
+
+def _refuse(error: Any) -> NoReturn:
+    """A usage error of typer's: a wrong or missing option in a line, the help where no command was named."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        typer.echo(message, err=True)
+        sys.exit(error.exit_code)
+    context = getattr(error, "ctx", None)
+    _fail(f"{message.rstrip('.')} ({context.command_path if context else 'halfbyte'} --help)", error.exit_code)
 
 
 if __name__ == "__main__":

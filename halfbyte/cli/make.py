@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,10 +22,14 @@ RecipeOption = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeatable.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.")]
 Text = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Plain text or JSONL. Repeatable.")]
-Context = Annotated[int | None, typer.Option("--context", min=1, help="Longest sequence served, in tokens.")]
-Concurrency = Annotated[int | None, typer.Option("--concurrency", min=1, help="Sequences served at once.")]
-Style = Annotated[Format, typer.Option("--format", help="How results are printed.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; the GPU where there is one.")]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Longest sequence served, in tokens.")
+]
+Concurrency = Annotated[int | None, typer.Option("--concurrency", metavar="N", min=1, help="Sequences served at once.")]
+Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How results are printed: human or json.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
 
@@ -70,8 +75,13 @@ def plan(
             return line.shell()
 
         result = make_plan(checkpoint, chosen, platforms, context, concurrency, text, command)
-    named = " ".join(f"--on {name}" for name in on)
-    emit(result, style, f"{render_plan(result)}\n\nnext: halfbyte run {model} {named} -o runs/{Path(model).name}")
+    words = [word for name in on for word in ("--on", name)]
+    words += ["-r", recipe] if recipe else []
+    words += [word for value in override or [] for word in ("--set", value)]
+    words += ["--context", str(context)] if context else []
+    words += ["--concurrency", str(concurrency)] if concurrency else []
+    follow = shlex.join(["halfbyte", "run", model, *words, "-o", f"runs/{Path(model).name}"])
+    emit(result, style, f"{render_plan(result)}\n\nnext: {follow}")
 
 
 def calibrate(
@@ -80,21 +90,23 @@ def calibrate(
     text: Annotated[
         list[Path] | None, typer.Argument(metavar="[TEXT]...", help="Text files; none: the model writes.")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences (the strategy: 128 to 512).")] = 128,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of the longest sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    sequences: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences (the strategy: 128 to 512).")] = 128,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens of the longest sequence.")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 0,
     strategy: Annotated[
-        Strategy, typer.Option(help="mixed (lengths) or stream (even strides, one length).")
+        Strategy, typer.Option(metavar="HOW", help="mixed (lengths) or stream (even strides, one length).")
     ] = Strategy.mixed,
     force: Force = False,
     style: Style = Format.human,
 ) -> None:
     """Build a calibration set from text, or let the model write its own."""
     from halfbyte.calibration import build
-    from halfbyte.experiments.quantize import load_model, load_tokenizer
+    from halfbyte.experiments.quantize import LEAST_TOKENS, load_model, load_tokenizer
     from halfbyte.models import resolve_model
     from halfbyte.recipe import CalibrationSpec
 
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file: choose another -o")
     if output.exists() and any(output.iterdir()) and not force:
         raise UsageError(f"{output} is not empty: choose another -o, or --force")
     spec = CalibrationSpec(sequences=sequences, max_tokens=max_tokens, seed=seed)
@@ -115,7 +127,10 @@ def calibrate(
         for r in data.manifest["histogram"]
     )
     said = f"{output}: {len(data.sequences)} sequences, {data.tokens:,} tokens, SHA-256 {data.sha256[:16]}\n{rows}"
-    emit(data.manifest, style, f"{said}\nnext: halfbyte quantize {model} -r RECIPE --calibration {output} -o DIR")
+    follow = f"next: halfbyte quantize {model} -r RECIPE --calibration {output} -o DIR"
+    if data.tokens < LEAST_TOKENS:
+        follow = f"too few for quantize, which takes {LEAST_TOKENS:,} tokens or more: raise --sequences or --max-tokens"
+    emit(data.manifest, style, f"{said}\n{follow}")
 
 
 def quantize(
@@ -124,7 +139,8 @@ def quantize(
     output: Output,
     override: Set = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="A calibration set, or text files. Repeatable. None: the model writes.")
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A calibration set, or text files. Repeatable. None: the model writes."),
     ] = None,
     device: Device = None,
     resume: Resume = False,
@@ -162,7 +178,7 @@ def run(
         list[str] | None,
         typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1. Repeatable."),
     ] = None,
-    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     context: Context = None,
     concurrency: Concurrency = None,
     device: Device = None,

@@ -19,22 +19,25 @@ def check(
     serve: Annotated[bool, typer.Option("--serve", help="Load it in real vLLM and compare what it computes.")] = False,
     on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")] = "cpu",
     text: Text = None,
-    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write check.json (and served.json) here.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write check.json (and served.json) here.")
     ] = None,
     style: Style = Format.human,
 ) -> None:
     """Structure, numbers, hashes; with --serve it really loads in vLLM and is scored over HTTP."""
     from halfbyte.artifact import check_artifact
     from halfbyte.cli.words import check_words
-    from halfbyte.files import write_json
+    from halfbyte.files import make_directory, write_json
+    from halfbyte.serving import find_vllm
 
+    if serve:
+        find_vllm(vllm)
     with progress() as shown:
         result = check_artifact(directory, shown)
         served = _serve(directory, on, text, vllm, output, shown) if serve and result["ok"] else None
     if output:
-        output.mkdir(parents=True, exist_ok=True)
+        make_directory(output)
         write_json(output / "check.json", result)
         if served:
             write_json(output / "served.json", served)
@@ -50,9 +53,7 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
     from halfbyte.evaluate import compare_served
     from halfbyte.experiments.quantize import load_tokenizer
     from halfbyte.experiments.run import own_windows, windows_of
-    from halfbyte.serving import find_vllm
 
-    find_vllm(vllm)
     tokenizer = load_tokenizer(directory)
     if text:
         windows = windows_of(text, tokenizer, 512, None, 20)
@@ -66,14 +67,20 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
 
 def evaluate(
     directory: Artifact,
-    baseline: Annotated[str | None, typer.Option(help="The BF16 model; the one it was made of, unless named.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The BF16 model; the one it was made of, unless named.")
+    ] = None,
     text: Text = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 512,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens from one window's start to the next.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows (all, unless said).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the model's own text, where no text is given.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write eval.json here.")] = None,
+    window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a window of text.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens from one window's start to the next.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many windows (of text: all; of the model's own: 64).")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write eval.json here.")] = None,
     style: Style = Format.human,
 ) -> None:
     """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor."""

@@ -19,8 +19,8 @@ def serve(
     only_print: Annotated[bool, typer.Option("--print", help="Print the command, run nothing.")] = False,
     length: Context = None,
     concurrency: Concurrency = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="vLLM's own default is 8000.")] = None,
-    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    port: Annotated[int | None, typer.Option(metavar="N", min=1, max=65535, help="vLLM's own default is 8000.")] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     style: Style = Format.human,
 ) -> None:
     """The vLLM command that works for this artifact there; without --print it runs. After --: words for vLLM."""
@@ -95,7 +95,7 @@ def _methods() -> dict[str, str]:
 
 
 def env(
-    vllm: Annotated[str | None, typer.Option(help="vLLM's executable or environment.")] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     style: Style = Format.human,
 ) -> None:
     """Versions, the machine, the vLLM that is found, and what is known of it."""
@@ -112,4 +112,7 @@ def env(
         if vllm:
             raise
         found |= {"vllm": None, "vllm_facts": str(error)}
-    emit(found, style, "\n".join(f"{name:16}{value if value is not None else '-'}" for name, value in found.items()))
+    width = max(map(len, found)) + 2
+    emit(
+        found, style, "\n".join(f"{name:{width}}{value if value is not None else '-'}" for name, value in found.items())
+    )

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.calibration import write_json
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import bootstrap
 from halfbyte.evaluate.scoring import logits_of, pair_statistics, scored_positions
 from halfbyte.evaluate.windows import Windows, batches
+from halfbyte.files import make_directory, write_json
 from halfbyte.types import Progress, Quiet
 
 EVAL = "eval.json"
@@ -148,11 +148,8 @@ def summary(scores: TokenScores, seed: int = 0) -> dict[str, dict[str, float]]:
 def write_result(directory: Path | str, fidelity: Fidelity, model: str, baseline: str) -> Path:
     """Write eval.json (whole or not at all) into `directory`; returns its path."""
     path = Path(directory) / EVAL
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, fidelity.result(model, baseline))
-    except OSError as error:
-        raise HalfbyteError(f"{path} cannot be written: {error.strerror}: free it or name another") from error
+    make_directory(path.parent)
+    write_json(path, fidelity.result(model, baseline))
     return path
 
 

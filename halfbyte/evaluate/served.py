@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration import write_json
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.scoring import score_reference
 from halfbyte.evaluate.windows import Windows
+from halfbyte.files import make_directory, write_json
 from halfbyte.types import Progress, Quiet
 
 SERVED = "served.json"
@@ -104,11 +104,8 @@ def format_of(directory: Path) -> str | None:
 def write_served(directory: Path | str, result: dict[str, Any]) -> Path:
     """Write served.json (whole or not at all) into `directory`; returns its path."""
     path = Path(directory) / SERVED
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
-    except OSError as error:
-        raise HalfbyteError(f"{path} cannot be written: {error.strerror}: free it or name another") from error
+    make_directory(path.parent)
+    write_json(path, result)
     return path
 
 

@@ -56,6 +56,8 @@ def quantize(
         raise UsageError("the recipe leaves every linear in BF16: nothing to quantize")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(output_dir)
+    if output.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UsageError(f"{output} holds the model {path} itself: choose another -o")
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
         fingerprint = checkpoint.fingerprint()
@@ -65,10 +67,9 @@ def quantize(
         if writer.finished:
             progress.say(f"{output} is finished: nothing to do")
             return read_manifest(output)
-        notices: list[str] = []
         started = time.monotonic()
         resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
-        job = _job(writer, recipe, notices)
+        job = _job(writer, recipe)
         quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
         progress.start("writing the checkpoint", 1)
         facts = {
@@ -83,17 +84,15 @@ def quantize(
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "peak_device_mib": torch.cuda.max_memory_allocated() >> 20 if device.startswith("cuda") else None,
-            "notices": notices,
         }
         manifest = writer.finish(facts)
         progress.advance()
         return manifest
 
 
-def _job(writer: ArtifactWriter, recipe: Recipe, notices: list[str]) -> Job:
+def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        notices.extend(result.notices)
-        writer.emit(block, result.linears, result.tensors, result.seconds)
+        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
 
     return Job(recipe, quantized(writer.plans), writer.done, emit)
 

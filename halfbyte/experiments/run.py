@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
-from halfbyte.artifact import check_artifact, load_fake_quantized, model_card, read_manifest
+from halfbyte.artifact import MANIFEST, check_artifact, load_fake_quantized, model_card, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet, build
-from halfbyte.engine import ALGORITHM_VERSION
+from halfbyte.engine import ALGORITHM_VERSION, work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
 from halfbyte.experiments.gates import evaluate_gates, resolve_gates
 from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize, self_generated
-from halfbyte.files import locked, write_json, write_text
+from halfbyte.files import TEMPORARY, locked, write_json, write_text
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.models.checkpoint import read_json
 from halfbyte.plan import make_plan, variant_of
 from halfbyte.platforms import Platform, load_platform
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.report import build_report
-from halfbyte.serving import serve_command
+from halfbyte.serving import find_vllm, serve_command
 from halfbyte.types import Progress, Quiet
 
 OWN_TEXT = CalibrationSpec(sequences=64, max_tokens=256, seed=0)
@@ -102,7 +102,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
 
 
 def _refuse_foreign(request: RunRequest) -> None:
-    there = {p.name for p in request.output.iterdir()} - {".lock"}
+    there = {p.name for p in request.output.iterdir() if p.suffix != TEMPORARY} - {".lock"}
     if there and not there & {"run.json", "plan.json"} and not request.force:
         raise UsageError(f"{request.output} is not empty and holds no halfbyte run: choose another -o, or --force")
 
@@ -112,28 +112,21 @@ class _Run:
         self.request, self.progress, self.out = request, progress, request.output
         self.gates = resolve_gates(request.gates)
         self.platforms: list[Platform] = [load_platform(name) for name in request.platforms]
+        self.has_vllm = _has_vllm(request.vllm, progress)
         self.path = resolve_model(request.model, progress)
         self.checkpoint = Checkpoint(self.path)
         self.stages = _Stages(self.out, request.force)
         self.stages.load()
         self.artifact = self.out / "model"
-        self.base = {"model": self.checkpoint.fingerprint(), "halfbyte": halfbyte.__version__, "v": ALGORITHM_VERSION}
+        self.fingerprint = self.checkpoint.fingerprint()
+        self.base = {"model": self.fingerprint, "halfbyte": halfbyte.__version__, "v": ALGORITHM_VERSION}
 
     def go(self) -> dict[str, Any]:
         started = time.monotonic()
         plan = self._plan()
         recipe = Recipe.model_validate(plan["recipe"])
         data, windows = self._text(recipe)
-        manifest = quantize(
-            self.request.model,
-            recipe,
-            self.artifact,
-            data,
-            device=self.request.device,
-            force=self.request.force or self._other_work(recipe, data),
-            command=self.request.command,
-            progress=self.progress,
-        )
+        manifest = self._quantize(recipe, data)
         self._judge(manifest, windows)
         commands = self._commands(recipe)
         results = {name: read_json(self.out / f"{name}.json") for name in ("plan", "check", "served", "eval", "gates")}
@@ -202,16 +195,22 @@ class _Run:
         held = self_generated(self.path, HELD_OUT, self.request.device or "cpu", self.progress)
         return data, set_windows(held)
 
-    def _other_work(self, recipe: Recipe, data: CalibrationSet) -> bool:
-        """Whether model/ holds this run's earlier work under another recipe: it is the run's own, so it may go."""
-        ours = {**self.base, "recipe": recipe.identity(), "calibration": data.sha256}
-        digest = hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
-        before = self.stages.keys.get("quantize")
-        if before != digest:
-            self.stages.keys["quantize"] = digest
-            state = {"schema": 1, "keys": self.stages.keys, "seconds": self.stages.seconds}
-            write_json(self.out / "run.json", state)
-        return before is not None and before != digest
+    def _quantize(self, recipe: Recipe, data: CalibrationSet) -> dict[str, Any]:
+        """The artifact in model/. An earlier recipe's work there, or its remains, is the run's own: it goes."""
+        request = self.request
+        same = work_of(self.artifact) == work_id(recipe, self.fingerprint, data.sha256)
+        if request.force or not (same and (self.artifact / MANIFEST).is_file()):
+            self.stages.fresh.append("quantize")
+        return quantize(
+            request.model,
+            recipe,
+            self.artifact,
+            data,
+            device=request.device,
+            force=request.force or (self.artifact.is_dir() and not same),
+            command=request.command,
+            progress=self.progress,
+        )
 
     def _judge(self, manifest: dict[str, Any], windows: Windows) -> None:
         request, out = self.request, self.out
@@ -239,9 +238,9 @@ class _Run:
 
         self.stages.do("check", key, "check.json", lambda: self._check())
         before = _result(out / "served.json")
-        if before and before.get("status") != "served":
+        if self.has_vllm and before and before.get("status") != "served":
             self.stages.keys.pop("served", None)
-        self.stages.do("served", {**text, "vllm": request.vllm}, "served.json", serve)
+        self.stages.do("served", {**text, "on": request.platforms[0], "vllm": request.vllm}, "served.json", serve)
         self.stages.do("eval", text, "eval.json", evaluate)
         check, served, evaluation = (read_json(out / f"{n}.json") for n in ("check", "served", "eval"))
         write_json(out / "gates.json", evaluate_gates(self.gates, evaluation, check, served))
@@ -265,6 +264,18 @@ class _Run:
         script = "".join(f"# on {name}\n{line}\n" for name, line in lines.items())
         write_text(self.out / "serve.sh", script)
         return lines
+
+
+def _has_vllm(named: str | None, progress: Progress) -> bool:
+    """Whether there is a vLLM to serve with; said at the start where not. Raises UsageError for a wrong --vllm."""
+    try:
+        find_vllm(named)
+    except UsageError:
+        raise
+    except HalfbyteError as error:
+        progress.say(f"{error}; the report will say: not served")
+        return False
+    return True
 
 
 def _result(path: Path) -> dict[str, Any] | None:

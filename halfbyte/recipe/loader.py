@@ -89,7 +89,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     append = key.endswith("+")
     path = key.rstrip("+").strip().split(".")
     if not equals or not all(path):
-        raise UsageError(f"--set {override}: write key=value, such as group_size=64 or ignore+=re:.*up_proj")
+        raise UsageError(f"--set {override}: write key=value, such as group_size=64 or ignore+=re:.*down_proj")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

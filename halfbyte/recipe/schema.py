@@ -53,7 +53,7 @@ class Recipe(_Strict):
     )
     scaling: Literal["none", "awq"] | None = Field(
         default=None,
-        description="activation-aware input scales folded into what precedes; follows the method unless said",
+        description="activation-aware input scales folded into what precedes; awq with method awq and with GPTQ rounding unless said",
     )
     grid: Literal["int4_sym", "int4_asym", "nvfp4"] | None = Field(
         default=None, description="the values a weight may take; follows the method unless said"
@@ -101,7 +101,7 @@ class Recipe(_Strict):
 
         fill("grid", GRID_OF_METHOD[self.method])
         fill("rounding", "rtn" if self.method == "rtn" or self.effort == "fast" else "gptq")
-        fill("scaling", "awq" if self.method == "awq" else "none")
+        fill("scaling", "awq" if self.method == "awq" or self.rounding == "gptq" else "none")
         assert self.grid is not None
         fill("format", FORMATS_OF_GRID[self.grid][0])
         fill("damp", 0.05)

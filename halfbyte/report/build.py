@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from halfbyte.files import write_text
 from halfbyte.report.sources import read_sources
 from halfbyte.report.views import build_views
 
@@ -26,8 +26,8 @@ def build_report(run_dir: Path) -> tuple[Path, Path]:
     run_dir = Path(run_dir)
     views = build_views(read_sources(run_dir))
     page, plain = run_dir / "report.html", run_dir / "report.md"
-    _write(page, _html_environment().get_template("report.html.j2").render(views, style=_style()))
-    _write(plain, _markdown_environment().get_template("report.md.j2").render(views))
+    write_text(page, _html_environment().get_template("report.html.j2").render(views, style=_style()))
+    write_text(plain, _markdown_environment().get_template("report.md.j2").render(views))
     return page, plain
 
 
@@ -68,12 +68,3 @@ def _style() -> Markup:
 
 def _resource(name: str) -> str:
     return resources.files("halfbyte.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, content: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8", errors="replace") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(scratch, path)

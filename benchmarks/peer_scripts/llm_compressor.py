@@ -1,0 +1,54 @@
+"""llm-compressor: GPTQ (symmetric, static act-order) or AWQ (asymmetric), as its own examples call it."""
+
+from __future__ import annotations
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from handed import handed
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    given = handed()
+    awq = given.options["method"] == "awq"
+    sequences = given.sequences
+    if given.options.get("samples"):
+        sequences = sequences[:: max(1, len(sequences) // given.options["samples"])][: given.options["samples"]]
+    weights = QuantizationArgs(
+        num_bits=4,
+        type="int",
+        strategy="group",
+        group_size=given.options["group_size"],
+        symmetric=not awq,
+        actorder=None if awq else "static",
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    oneshot(
+        model=model,
+        processor=tokenizer,
+        dataset=Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * len(s) for s in sequences]}),
+        recipe=_recipe(awq, groups),
+        max_seq_length=max(map(len, sequences)),
+        num_calibration_samples=len(sequences),
+        shuffle_calibration_samples=False,
+    )
+    model.save_pretrained(given.output, save_compressed=True)
+    tokenizer.save_pretrained(given.output)
+
+
+def _recipe(awq: bool, groups: dict) -> list:
+    if not awq:
+        from llmcompressor.modifiers.quantization import GPTQModifier
+
+        return [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static")]
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import AWQModifier
+
+    return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The main job on a real model: SmolLM2-135M in BF16 in, 4-bit checkpoints that real vLLM serves out."""
+
+from __future__ import annotations
+
+import argparse
+import decimal
+import email.message
+import json
+import logging
+import os
+import statistics
+import subprocess
+import unittest
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from halfbyte import Recipe, quantize
+from halfbyte.artifact import check_artifact
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate import Windows, compare_served, text_windows
+from halfbyte.experiments.quantize import load_tokenizer
+from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.plan import make_plan
+from halfbyte.serving import find_vllm
+
+DATA = Path(os.environ.get("HALFBYTE_DATA") or Path(__file__).parents[3] / "shared" / "data")
+WINDOW, WINDOWS = 512, 9
+CALIBRATION = {"sequences": 16, "max_tokens": 256}
+RECIPES = {
+    "gptq": {"method": "gptq", "group_size": 64, "calibration": CALIBRATION},
+    "awq": {"method": "awq", "rounding": "rtn", "group_size": 64, "calibration": CALIBRATION},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    try:
+        return resolve_model("smollm2-135m")
+    except HalfbyteError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Any:
+    try:
+        return find_vllm()
+    except HalfbyteError as error:
+        pytest.skip(str(error))
+
+
+def prose(modules: tuple[ModuleType, ...]) -> str:
+    """English that every Python carries."""
+    return "\n\n".join(getattr(value, "__doc__", None) or "" for module in modules for value in vars(module).values())
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c4 = DATA / "calibration" / "c4.txt"
+    if c4.is_file():
+        return c4
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(prose((subprocess, email.message, statistics, decimal)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    path = tmp_path_factory.mktemp("text") / "judged.txt"
+    path.write_text(prose((argparse, logging, unittest, subprocess, statistics, decimal)))
+    found = text_windows([path], load_tokenizer(model), window=WINDOW).first(WINDOWS)
+    assert sum(len(ids) - 1 for ids in found.ids) >= 4096
+    return found
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def artifact(request: Any, model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / request.param
+    quantize("smollm2-135m", Recipe.model_validate(RECIPES[request.param]), out, [calibration])
+    return out
+
+
+def test_the_artifact_is_sound(artifact: Path, model: Path) -> None:
+    found = check_artifact(artifact)
+    assert found["ok"], found["findings"]
+    manifest = json.loads((artifact / "halfbyte.json").read_text())
+    planned = make_plan(Checkpoint(model), Recipe.model_validate(RECIPES[artifact.name]), [])["bytes"]
+    assert manifest["bytes"] == planned["after"] < 0.5 * manifest["bytes_bf16"]
+    assert manifest["bits_per_weight"] == pytest.approx(planned["bits_per_quantized_weight"], abs=1e-9)
+    assert 4.25 < manifest["bits_per_weight"] < 4.4
+    errors = [row["error"]["relative"] for row in manifest["linears"].values() if row["scheme"]]
+    assert len(errors) == 210 and max(errors) < 0.2 and manifest["notices"] == []
+    assert manifest["peak_rss_mib"] < 4096
+
+
+@pytest.mark.vllm
+def test_real_vllm_computes_what_the_artifact_says(artifact: Path, windows: Windows, vllm: Any, tmp_path: Path) -> None:
+    served = compare_served(artifact, windows, platform="cpu", vllm=str(vllm.executable), log_path=tmp_path / "log")
+    assert served["status"] == "served", served["reason"]
+    print(f"{artifact.name}: served {served['ppl_served']:.4f}, reference {served['ppl_reference']:.4f}")
+    assert served["passed"] and served["relative_difference"] <= 0.005, served["reason"]
+    assert served["vllm"] == vllm.version and 5 < served["ppl_served"] < 60
+    assert served["completion"].strip()

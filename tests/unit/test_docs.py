@@ -1,0 +1,187 @@
+"""The documents: generated pages are current, links resolve, and what the README tells a reader to type exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import halfbyte
+from halfbyte.experiments.gates import parse_gate
+from halfbyte.platforms import list_platforms
+from halfbyte.recipe import list_presets
+from halfbyte.recipe.loader import recipe_from_mapping
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = {"runs", "build", "dist", "node_modules", "__pycache__"}
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+PLACE = re.compile(r"(?<![\w.$~}-])/(?:work|root|home|mnt|workspace)/\w")
+"""An absolute path of somebody's machine."""
+
+
+def tool() -> ModuleType:
+    """scripts/make_docs.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def own_files() -> list[Path]:
+    """The repository's files: what git knows or would take; outside a checkout, all but hidden and built ones."""
+    try:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        files = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        parts = {path: path.relative_to(ROOT).parts for path in ROOT.rglob("*")}
+        files = [p for p, names in parts.items() if not any(n in SKIPPED or n.startswith(".") for n in names)]
+    return [path for path in files if path.is_file()]
+
+
+def pages() -> list[Path]:
+    return sorted(path for path in own_files() if path.suffix == ".md")
+
+
+def typed(text: str) -> Iterator[list[str]]:
+    """The words of every halfbyte command in a page: in shell blocks and in code spans."""
+    blocks = [body for language, body in FENCE.findall(text) if language in ("bash", "sh", "console")]
+    spans = re.findall(r"`(halfbyte [^`\n]+)`", FENCE.sub("", text))
+    lines = [line for body in blocks for line in body.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *spans]:
+        words = shlex.split(line, comments=True)
+        if words and Path(words[0]).name == "halfbyte":
+            yield words[1:]
+
+
+def options_of(command: object) -> set[str]:
+    names = {"-h", "--help"}
+    for parameter in command.params:  # type: ignore[attr-defined]
+        names |= {name for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("-")}
+    return names
+
+
+def complaints(words: list[str]) -> list[str]:
+    """What a command line names that does not exist."""
+    found = tool().commands()
+    if words[0].startswith("-"):
+        return [] if words[0] in ("-h", "--help") else [f"no option {words[0]}"]
+    if words[0] not in found:
+        return [f"no command {words[0]}"]
+    mine = words[1 : words.index("--")] if "--" in words else words[1:]
+    known = options_of(found[words[0]])
+    wrong = [f"{words[0]} has no option {w}" for w in mine if w.startswith("-") and w.split("=")[0] not in known]
+    for name, value in itertools.pairwise(mine):
+        if name == "--on" and value not in (*list_platforms(), "PLATFORM"):
+            wrong.append(f"no platform {value}")
+        if name == "--gate":
+            parse_gate(value)
+    return wrong
+
+
+def test_generated_pages_are_current() -> None:
+    assert tool().stale() == [], "run python scripts/make_docs.py"
+
+
+def test_a_changed_page_is_found_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tool()
+    for name, text in made.documents().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(made, "ROOT", tmp_path)
+    assert made.stale() == []
+    (tmp_path / "docs" / "cli.md").write_text("older", encoding="utf-8")
+    (tmp_path / "docs" / "recipe.md").unlink()
+    assert made.stale() == ["docs/cli.md", "docs/recipe.md"]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), f"{page.name} links to {target}"
+        if anchor and place.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/vllm-facts.md", "docs/recipe.md"])
+def test_commands_in_a_page_exist(name: str) -> None:
+    lines = list(typed((ROOT / name).read_text(encoding="utf-8")))
+    assert [problem for words in lines for problem in complaints(words)] == []
+    if name == "README.md":
+        assert {words[0] for words in lines} >= set(tool().commands()), "the README leaves a command out"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("halfbyte sow MODEL", "no command sow"),
+        ("halfbyte plan MODEL --onto h100", "plan has no option --onto"),
+        ("halfbyte plan MODEL --on h99", "no platform h99"),
+        ("halfbyte --verbose", "no option --verbose"),
+    ],
+)
+def test_a_wrong_command_is_found(line: str, problem: str) -> None:
+    for page in (f"Say `{line}`.\n", f"```bash\n{line}  # as it is\n```\n"):
+        assert [complaints(words) for words in typed(page)] == [[problem]]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/recipe.md"])
+def test_recipes_in_a_page_are_valid(name: str) -> None:
+    bodies = [b for language, b in FENCE.findall((ROOT / name).read_text(encoding="utf-8")) if language == "yaml"]
+    assert bodies
+    for body in bodies:
+        recipe_from_mapping(yaml.safe_load(body), name)
+
+
+def test_the_recipe_page_names_every_preset() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name, *_ in list_presets())
+
+
+def test_scripts_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"\bscripts/[\w.]+", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named >= {"scripts/demo", "scripts/test"}
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_draws_every_room() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The house")[2]
+    rooms = [p.parent.name for p in (ROOT / "halfbyte").glob("*/__init__.py")]
+    assert [room for room in rooms if f"  {room}/" not in tree] == []
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert f"## {halfbyte.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
+    found = []
+    for path in own_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in PLACE.finditer(text)]
+    assert found == []
+
+
+def test_such_a_place_would_be_found() -> None:
+    assert PLACE.search("cd " + "/".join(["", "home", "me", "x"]))
+    assert not PLACE.search("a/home/page and $HOME/work/x and https://host/root")
