@@ -35,7 +35,7 @@ from common import (
     say,
 )
 from measure import Measured, measure
-from quality import Candidate, quantize_process, render, score_all, yardsticks
+from quality import Candidate, quantize_process, render, score_rows, yardsticks
 from scoring import bits_of_artifact
 
 from halfbyte.calibration import CalibrationSet
@@ -164,26 +164,30 @@ def main(arguments: argparse.Namespace) -> None:
     recipes = dict(read_recipe(known[name].ours) for name in arguments.peers)
     model = resolve_model(MODEL, Report())
     calibration = calibration_tokens(model, data, arguments.sequences)
-    keep = arguments.keep
-    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
-        race = Race(model, calibration, Path(keep or scratch))
-        for name in arguments.peers:
-            race.peer(known[name])
-        candidates = yardsticks(list(recipes.items()), model) + race.candidates
-        table = {"model": MODEL, **score_all(model, data / TEXT, candidates, arguments.windows)}
-    result = {
+    result: dict[str, Any] = {
         "schema": 1,
         "kind": "peers",
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "calibration": {"sha256": calibration.sha256, "sequences": len(calibration.sequences)},
-        "runs": race.runs,
-        "tables": [table],
     }
-    if arguments.json:
-        write_json(arguments.json, result)
+    table: dict[str, Any] = {"model": MODEL, "rows": []}
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        race = Race(model, calibration, Path(arguments.keep or scratch))
+        result |= {"runs": race.runs, "tables": [table]}
+        for name in arguments.peers:
+            race.peer(known[name])
+            _write(arguments.json, result)
+        candidates = yardsticks(list(recipes.items()), model) + race.candidates
+        for _ in score_rows(table, model, data / TEXT, candidates, arguments.windows):
+            _write(arguments.json, result)
     print(render(table, arguments.windows))
     print("\n" + race.render())
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path:
+        write_json(path, result)
 
 
 class Race:

@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,11 @@ def main(arguments: argparse.Namespace) -> None:
             own += outside if source == model else []
             own += solve(recipes, source, calibration, result)
             for text in texts:
-                table = score_all(source, text, yardsticks(recipes + timed, source) + own, arguments.windows)
-                result["tables"].append({"model": title, **table})
-                if arguments.json:
-                    write_json(arguments.json, result)
+                table: dict[str, Any] = {"model": title, "rows": []}
+                result["tables"].append(table)
+                for _ in score_rows(table, source, text, yardsticks(recipes + timed, source) + own, arguments.windows):
+                    if arguments.json:
+                        write_json(arguments.json, result)
     for table in result["tables"]:
         print(render(table, arguments.windows))
     for seconds in result.get("pass_seconds", []):
@@ -188,17 +190,19 @@ def yardsticks(recipes: list[tuple[str, Recipe]], model: Path) -> list[Candidate
     return found
 
 
-def score_all(model: Path, text: Path, candidates: list[Candidate], windows: int) -> dict[str, Any]:
-    """Every candidate on one text."""
+def score_rows(
+    table: dict[str, Any], model: Path, text: Path, candidates: list[Candidate], windows: int
+) -> Iterator[dict[str, Any]]:
+    """Every candidate on one text: fills `table` and gives each row as it is done."""
     reference = Reference(model, text, windows)
+    table.update(reference.describe())
     host = load_model(model)
     original = {name: value.clone() for name, value in host.state_dict().items()}
-    rows = []
     for candidate in candidates:
         row = _score(candidate, reference, host, original)
         say("  ".join(cells(row, windows)))
-        rows.append(row)
-    return {**reference.describe(), "rows": rows}
+        table["rows"].append(row)
+        yield row
 
 
 def _score(candidate: Candidate, reference: Reference, host: Any, original: dict[str, Any]) -> dict[str, Any]:
@@ -206,8 +210,10 @@ def _score(candidate: Candidate, reference: Reference, host: Any, original: dict
         return {"name": candidate.name, **candidate.facts}
     try:
         if candidate.directory is None:
-            host.load_state_dict({**original, **(candidate.tensors or {})})
-            return score_row(candidate.name, reference.score(host), **candidate.facts)
+            if candidate.tensors:
+                host.load_state_dict({**original, **candidate.tensors})
+            scores = reference.score(host if candidate.tensors else None)
+            return score_row(candidate.name, scores, **candidate.facts)
         bits = candidate.facts.get("bits_per_weight") or bits_of_artifact(candidate.directory)
         scores = reference.score(load_scored(candidate.directory))
         return score_row(candidate.name, scores, **{"bits_per_weight": bits, **candidate.facts})

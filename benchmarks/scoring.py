@@ -36,11 +36,11 @@ class Reference:
         self.noise = noise_floor(self.model, self.windows.first(FEW), BATCH_TOKENS)
 
     def score(self, model: Any) -> dict[str, Any]:
-        """{"10": metrics, "40": metrics} of eval.json's form, on the first few and on all windows."""
+        """{"10": metrics, "40": metrics} of eval.json's form, on the first few and on all windows. No model: BF16."""
         columns: dict[str, list[np.ndarray]] = {name: [] for name in TokenScores.__dataclass_fields__}
         for (members, ids), p in zip(self.batches, self.logits):
             row, position = scored_positions(self.windows, members, ids.shape[1])
-            q = logits_of(model, ids)
+            q = p if model is None else logits_of(model, ids)
             if q.shape != p.shape:
                 raise HalfbyteError(f"a vocabulary of {q.shape[-1]} tokens, the baseline has {p.shape[-1]}")
             found = pair_statistics(p, q, ids, row, position)

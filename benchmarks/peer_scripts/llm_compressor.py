@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from handed import handed
@@ -46,7 +47,10 @@ def _recipe(awq: bool, groups: dict) -> list:
         return [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static")]
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.accelerator.is_available():  # it pins memory for a GPU, and stops where there is none
+        IntermediatesCache.pin_memory = lambda self, *_, **__: None
     return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
 
 

@@ -104,9 +104,7 @@ class Int4Asym:
         return Scales(scales, zeros)
 
 
-def _search_asymmetric(
-    W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_asymmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Shrunken ranges, each with the zero that fits it and its neighbours; the scale refitted each time."""
     top, bottom = W_OGg.amax(-1).clamp_min(0), W_OGg.amin(-1).clamp_max(0)
     best = torch.full_like(top, torch.inf)

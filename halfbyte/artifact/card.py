@@ -57,7 +57,7 @@ def model_card(
 def base_model(manifest: Mapping[str, Any]) -> str:
     """What the artifact was made of, as the user named it: a hub id or a directory."""
     model = manifest.get("model")
-    found = model.get("name") or model.get("path") if isinstance(model, Mapping) else model
+    found = model.get("hub_id") or model.get("name") or model.get("path") if isinstance(model, Mapping) else model
     return str(found) if found else "unknown"
 
 

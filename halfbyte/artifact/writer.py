@@ -65,11 +65,12 @@ class ArtifactWriter:
         elif force and (self.finished or _work_of(state) != self.work):
             _clear(self.directory)
         if _work_of(state) != self.work and not self.finished:
-            there = [p.name for p in self.directory.iterdir() if p.name != ".lock"] if self.directory.is_dir() else []
+            there = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
             if there == [PARTIAL] and not state.exists():
                 shutil.rmtree(self.partial)
             elif there:
-                what = "another recipe, model or calibration" if state.exists() else f"{sorted(there)[0]!r}"
+                ours = state.exists() or (self.directory / MANIFEST).exists()
+                what = "an artifact of another recipe, model or calibration" if ours else f"{sorted(there)[0]!r}"
                 raise UsageError(f"{self.directory} is not empty (it holds {what}): choose another -o, or --force")
             make_directory(self.partial)
             write_json(state, {"work": self.work})
@@ -208,7 +209,7 @@ class ArtifactWriter:
         }
 
     def _hashes(self) -> dict[str, Any]:
-        skip = {MANIFEST, "README.md", ".lock"}
+        skip = {MANIFEST, "README.md"}
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
@@ -238,6 +239,4 @@ def _clear(directory: Path) -> None:
     for name in (MANIFEST, "config.json"):
         (directory / name).unlink(missing_ok=True)
     for path in directory.iterdir():
-        if path.name == ".lock":
-            continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from halfbyte.cli import make, prove, serve
+from halfbyte.cli import make, prove, sensitivity, serve
 from halfbyte.errors import HalfbyteError
 
 _CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -31,6 +31,7 @@ app.command("calibrate", short_help="Build a calibration set.")(make.calibrate)
 app.command("quantize", short_help="Make one 4-bit checkpoint.")(make.quantize)
 app.command("check", short_help="Prove that an artifact is whole; --serve: in real vLLM.")(prove.check)
 app.command("eval", short_help="Measure what 4 bits lost against BF16.")(prove.evaluate)
+app.command("sensitivity", short_help="The damage each linear group does alone, ranked.")(sensitivity.sensitivity)
 app.command("report", short_help="A run's results as HTML and Markdown.")(prove.report)
 app.command(
     "serve", short_help="Print or run the vLLM command that works.", context_settings={"allow_extra_args": True}

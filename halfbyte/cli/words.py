@@ -83,5 +83,8 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
         lines.append(f"everything was there already; looked through in {result['seconds']:.1f} s")
     lines.append(f"report: {directory / 'report.html'} (and report.md)")
     platforms = result["plan"]["request"]["platforms"]
-    lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}")
+    if gates["verdict"] == "rejected":
+        lines.append("next: another recipe (halfbyte ls recipes), more calibration text (--text), or a budget (--gate)")
+    else:
+        lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, quantize_blocks, work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import locked
-from halfbyte.models import Checkpoint, cache_dir, resolve_model
+from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
@@ -73,7 +73,8 @@ def quantize(
         quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
         progress.start("writing the checkpoint", 1)
         facts = {
-            "model": {"name": model, "path": str(path), "sha256": fingerprint},
+            "model": {"name": model, "hub_id": hub_id(model), "path": str(path), "sha256": fingerprint},
+            "vllm": _vllm_version(),
             "tokenizer_sha256": _tokenizer_hash(path),
             "calibration": data.manifest if data else None,
             "seeds": {"calibration": recipe.calibration.seed},
@@ -165,3 +166,13 @@ def load_model(path: Path, device: str = "cpu") -> Any:
 def _tokenizer_hash(path: Path) -> str | None:
     files: Iterable[Path] = Checkpoint(path).tokenizer_files()
     return tokenizer_sha256(load_tokenizer(path)) if files else None
+
+
+def _vllm_version() -> str | None:
+    """The version of the vLLM that is found on this machine, if there is one."""
+    from halfbyte.serving import find_vllm
+
+    try:
+        return find_vllm().version
+    except HalfbyteError:
+        return None

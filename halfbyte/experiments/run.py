@@ -102,7 +102,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
 
 
 def _refuse_foreign(request: RunRequest) -> None:
-    there = {p.name for p in request.output.iterdir() if p.suffix != TEMPORARY} - {".lock"}
+    there = {p.name for p in request.output.iterdir() if p.suffix != TEMPORARY}
     if there and not there & {"run.json", "plan.json"} and not request.force:
         raise UsageError(f"{request.output} is not empty and holds no halfbyte run: choose another -o, or --force")
 

@@ -2,7 +2,7 @@
 
 from halfbyte.models.checkpoint import Checkpoint, TensorInfo, hash_file
 from halfbyte.models.family import FAMILIES, Family, Fold, family_of
-from halfbyte.models.source import cache_dir, resolve_model
+from halfbyte.models.source import cache_dir, hub_id, resolve_model
 
 __all__ = [
     "FAMILIES",
@@ -13,5 +13,6 @@ __all__ = [
     "cache_dir",
     "family_of",
     "hash_file",
+    "hub_id",
     "resolve_model",
 ]

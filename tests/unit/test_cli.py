@@ -437,7 +437,7 @@ def _type(kind: Any, info: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " | ".join(choice.value for choice in kind)
     bounds = "".join(f" {word} {x}" for word, x in (("from", info.min), ("to", info.max)) if x is not None)
-    return {bool: "flag", str: "text", int: "integer", Path: "path"}[kind] + bounds
+    return {bool: "flag", str: "text", int: "integer", float: "number", Path: "path"}[kind] + bounds
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import halfbyte.engine.block as block_module
 import halfbyte.engine.loop as loop_module
 from halfbyte.algo import Solved, Stats, dequantize
 from halfbyte.engine import BlockResult, Job, Skeleton, quantize_blocks, work_id
+from halfbyte.engine.collect import FIRST_TOKEN
 from halfbyte.engine.loop import HEAD, make_batches
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import FAMILIES as ARCHITECTURES
@@ -177,19 +178,21 @@ def test_gram_statistics_are_those_of_the_model(
         assert set(stats) == {"qkv", "o", "gate_up", "down"}
         for group in groups:
             for name in group.names:
-                parts = [
-                    x.flatten(0, -2)[slice(None) if keep is None else keep]
-                    for x, (_, keep) in zip(seen[f"model.layers.{index}.{name}"], batches)
-                ]
-                X = torch.cat(parts).double()
-                same(stats[group.kind], X)
+                parts, weights = [], []
+                for x, (ids, keep) in zip(seen[f"model.layers.{index}.{name}"], batches):
+                    weight = torch.ones(ids.shape, dtype=torch.float64)
+                    weight[:, 0] = FIRST_TOKEN
+                    rows = slice(None) if keep is None else keep
+                    parts.append(x.flatten(0, -2)[rows])
+                    weights.append(weight.flatten()[rows])
+                same(stats[group.kind], torch.cat(parts).double(), torch.cat(weights))
 
 
-def same(stats: Stats, X: torch.Tensor) -> None:
-    """Statistics against X^T X in float64; the off-diagonal to bfloat16's product, the diagonal to float32."""
+def same(stats: Stats, X: torch.Tensor, weights: torch.Tensor) -> None:
+    """Statistics against X^T diag(w) X in float64; the off-diagonal to bfloat16's product, the diagonal to float32."""
     assert stats.tokens == len(X) == sum(LENGTHS)
     assert stats.gram_II is not None
-    H = X.T @ X / len(X)
+    H = (X * weights[:, None]).T @ X / weights.sum()
     assert torch.allclose(stats.second_moment_I.double(), H.diagonal(), rtol=1e-5)
     assert torch.equal(stats.gram_II.diagonal(), stats.second_moment_I)
     assert torch.equal(stats.gram_II, stats.gram_II.T)
@@ -421,7 +424,7 @@ def test_lm_head_sees_the_final_norms_output(model_of: Callable[[str], Path], mo
     seen = real_inputs(load(path), ["lm_head"], [ids for ids, _ in batches])["lm_head"]
     X = torch.cat([x.flatten(0, -2)[slice(None) if k is None else k] for x, (_, k) in zip(seen, batches)])
     assert len(heads) == 1
-    same(heads[0], X.double())
+    same(heads[0], X.double(), torch.ones(len(X), dtype=torch.float64))
 
 
 def test_propagation_sees_the_quantized_blocks(
@@ -450,9 +453,12 @@ def test_propagation_sees_the_quantized_blocks(
             for name, value in result.tensors.items():
                 model.get_parameter(name).copy_(value)
     name = "model.layers.2.self_attn.q_proj"
-    X = torch.cat(real_inputs(model, [name], [torch.stack(data)])[name]).flatten(0, -2).double()
-    assert torch.allclose(kept["behind"][2]["qkv"].second_moment_I.double(), X.square().mean(0), rtol=1e-4)
-    assert not torch.allclose(kept["plain"][2]["qkv"].second_moment_I.double(), X.square().mean(0), rtol=1e-2)
+    X = torch.cat(real_inputs(model, [name], [torch.stack(data)])[name]).double()
+    weight = torch.ones(X.shape[:2], dtype=torch.float64)
+    weight[:, 0] = FIRST_TOKEN
+    moment = (X.square() * weight[..., None]).flatten(0, 1).sum(0) / weight.sum()
+    assert torch.allclose(kept["behind"][2]["qkv"].second_moment_I.double(), moment, rtol=1e-4)
+    assert not torch.allclose(kept["plain"][2]["qkv"].second_moment_I.double(), moment, rtol=1e-2)
 
 
 def test_propagation_is_for_one_recipe(model_of: Callable[[str], Path]) -> None:

@@ -256,7 +256,8 @@ def test_the_manifest_is_complete(tiny: Any, tmp_path: Path) -> None:
     given = make_with(model, out, recipe, data, command="halfbyte quantize as given")
     assert given == read_manifest(out) == json.loads((out / "halfbyte.json").read_text())
     assert given["recipe"] == Recipe.model_validate(recipe).identity()
-    assert given["model"] == {"name": str(model), "path": str(model), "sha256": Checkpoint(model).fingerprint()}
+    facts = {"name": str(model), "hub_id": None, "path": str(model), "sha256": Checkpoint(model).fingerprint()}
+    assert given["model"] == facts and "vllm" in given
     assert given["calibration"] == data.manifest and given["seeds"] == {"calibration": 4}
     assert given["command"] == "halfbyte quantize as given" and given["resumed"] is False and given["notices"] == []
     assert given["versions"]["torch"] == torch.__version__ and given["versions"]["halfbyte"]
