@@ -53,7 +53,7 @@ class Recipe(_Strict):
     )
     scaling: Literal["none", "awq"] | None = Field(
         default=None,
-        description="input scales folded into what precedes; awq unless said where the method is awq or the rounding gptq",
+        description="input scales folded into what precedes; unless said, awq with method awq or GPTQ rounding",
     )
     grid: Literal["int4_sym", "int4_asym", "nvfp4"] | None = Field(
         default=None, description="the values a weight may take; follows the method unless said"
