@@ -103,7 +103,7 @@ def locked(directory: Path) -> Iterator[None]:
         raise HalfbyteError(f"{directory} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(handle)
         raise HalfbyteError(f"{directory} is in use by another halfbyte: wait for it, or choose another -o") from error
     try:

@@ -69,7 +69,7 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
         upper = _inverse_factor(trial)
         if upper is not None:
             return Factor(upper, order, share)
-        share = share * 10 or 1e-3
+        share = share * 2 or 1e-3
     raise ValueError("no damping makes the Hessian positive definite in float32")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.platforms import Platform, facts_for, load_platform
 from halfbyte.serving.client import Client
-from halfbyte.serving.command import serve_command
+from halfbyte.serving.command import declared_variant, serve_command
 from halfbyte.serving.install import VllmInstall
 from halfbyte.serving.process import START_TIMEOUT_S, Server
 from halfbyte.types import Progress, Quiet
@@ -61,7 +61,7 @@ def probe(
         vllm_version=install.version,
         context=context or max(longest + 1, 64),
         concurrency=SEQUENCES,
-        extra=(*FAITHFUL, *(TRACKED if facts_for(install.version).weights_track else ()), *extra),
+        extra=(*FAITHFUL, *_tracked(directory, install), *extra),
     )
     with Server(command, install, log_path=log_path, timeout=timeout, env=OFFLINE, progress=progress) as server:
         with Client(server.url) as client:
@@ -95,3 +95,12 @@ def perplexity(scored: Sequence[Sequence[float | None]]) -> tuple[float, int]:
     if not known:
         raise HalfbyteError("no token was scored")
     return math.exp(-math.fsum(known) / len(known)), len(known)
+
+
+def _tracked(directory: str | Path, install: VllmInstall) -> tuple[str, ...]:
+    """The flag that makes vLLM refuse a checkpoint with a tensor missing, where it can be asked for.
+
+    For W4A16_NVFP4 vLLM 0.32 registers an input_scale that it never reads, and would refuse every sound artifact.
+    """
+    usable = facts_for(install.version).weights_track and declared_variant(directory) != "W4A16_NVFP4"
+    return TRACKED if usable else ()

@@ -45,8 +45,8 @@ KERNELS = dict.fromkeys(RECIPES, "CPUWNA16LinearKernel") | {
 DTYPES = {name: torch.float16 if recipe["method"] == "nvfp4" else torch.bfloat16 for name, recipe in RECIPES.items()}
 """FP4 inputs make a step of every rounding: the finer dtype keeps two implementations together longer."""
 LIMITS = dict.fromkeys(RECIPES, 0.1) | {"w4a4": 0.3, "w4a16": 0.02, "nvfp4a16": 0.02}
-"""Nats, root mean square: two to five times what was seen. With FP4 inputs three times the input_scale, blocks
-of 32 or block scales not rounded to E4M3 move it by 0.6 and more; the original model is 0.7 away from every artifact."""
+"""Nats, root mean square: two to five times what was seen. With FP4 inputs, three times the input_scale, blocks of 32
+or block scales not rounded to E4M3 move the reference by 0.6 and more; the original model is 0.67 away or more."""
 BLOCKS = dict.fromkeys(RECIPES, 2) | {"w4a4": 1}
 UNTRACKED = ("w4a16",)
 """vLLM 0.32 gives a W4A16_NVFP4 linear an input_scale that old files had, and then misses it in ours."""

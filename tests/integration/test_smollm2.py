@@ -30,7 +30,7 @@ DATA = Path(os.environ.get("HALFBYTE_DATA") or Path(__file__).parents[3] / "shar
 WINDOW, WINDOWS = 512, 9
 CALIBRATION = {"sequences": 16, "max_tokens": 256}
 RECIPES = {
-    "gptq": {"method": "gptq", "group_size": 64, "calibration": CALIBRATION},
+    "gptq": {"method": "gptq", "scaling": "none", "group_size": 64, "calibration": CALIBRATION},
     "awq": {"method": "awq", "rounding": "rtn", "group_size": 64, "calibration": CALIBRATION},
 }
 
