@@ -514,8 +514,8 @@ def test_raised_damping_is_a_notice(model_of: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(method, "_inverse_factor", lambda H: None if next(first, False) else real(H))
     progress = Quiet()
     (blocks,) = collect(Checkpoint(model_of("mistral")), recipe(method="gptq"), data=sequences(), progress=progress)
-    assert progress.notices == ["model.layers.0.self_attn.qkv_proj: damping raised from 0.05 to 0.5"]
-    assert blocks[0].linears["model.layers.0.self_attn.q_proj"].damp == 0.5
+    assert progress.notices == ["model.layers.0.self_attn.qkv_proj: damping raised from 0.05 to 0.1"]
+    assert blocks[0].linears["model.layers.0.self_attn.q_proj"].damp == 0.1
     assert blocks[0].linears["model.layers.0.self_attn.o_proj"].damp == 0.05
 
 
