@@ -6,7 +6,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def load_model(path: Path, device: str = "cpu") -> Any:
 
 
 def _tokenizer_hash(path: Path) -> str | None:
-    files: Iterable[Path] = Checkpoint(path).tokenizer_files()
+    files = Checkpoint(path).tokenizer_files()
     return tokenizer_sha256(load_tokenizer(path)) if files else None
 
 

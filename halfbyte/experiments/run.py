@@ -236,7 +236,7 @@ class _Run:
             )
             write_served(out, served)
 
-        self.stages.do("check", key, "check.json", lambda: self._check())
+        self.stages.do("check", key, "check.json", self._check)
         before = _result(out / "served.json")
         if self.has_vllm and before and before.get("status") != "served":
             self.stages.keys.pop("served", None)
