@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "load_recipe", "quantize"]
+__all__ = ["Recipe", "__version__", "load_recipe", "quantize", "sweep"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +14,10 @@ def __getattr__(name: str) -> Any:
         from halfbyte.experiments.quantize import quantize
 
         return quantize
+    if name == "sweep":
+        from halfbyte.experiments.sweep import sweep
+
+        return sweep
     if name in ("Recipe", "load_recipe"):
         import halfbyte.recipe as recipe
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from halfbyte.errors import HalfbyteError
 
 TEMPORARY = ".tmp"
+LOCK_ATTEMPTS = 5
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -90,23 +92,80 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     write_atomically(path, write)
 
 
+def portable(place: str | Path) -> str:
+    """A place as results may name it: an absolute path by its last name, anything else (also a hub id) as it is.
+
+    Results travel with an artifact, and say nothing of where things lie on the machine that made them.
+    """
+    path = Path(place)
+    return path.name or str(path) if path.is_absolute() else str(place)
+
+
+def seen_from(directory: Path, place: Path) -> str | None:
+    """`place` relative to `directory`, or None where the two share no more than the root of the file system."""
+    start, end = directory.resolve(), place.resolve()
+    shared = Path(os.path.commonpath([start, end]))
+    return None if shared == shared.parent else os.path.relpath(end, start)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` becomes the same file as `source`, or a copy where the disk knows no hard links; atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    write_atomically(target, write)
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory` (made if need be) against a second halfbyte. Raises HalfbyteError when it is held.
+    """Hold `directory` (made if need be) against a second halfbyte. Raises HalfbyteError when it cannot be held.
 
-    The lock is on the directory itself: it leaves no file, and it goes with the process however that ends.
+    The lock is on the directory itself: it leaves no file, and it goes with the process however that ends. What was
+    made here and is still empty when the work is refused goes again.
     """
+    missing = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+    handle = -1
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise HalfbyteError(f"{directory} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise HalfbyteError(f"{directory} is in use by another halfbyte: wait for it, or choose another -o") from error
-    try:
+        handle = _hold(directory)
         yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
     finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _hold(directory: Path) -> int:
+    """A file descriptor that holds the lock. A directory that went away before the lock was had is made again."""
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise HalfbyteError(f"{directory} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise _not_held(directory, error) from error
+        if os.path.exists(directory) and os.path.samestat(os.fstat(handle), os.stat(directory)):
+            return handle
         os.close(handle)
+    raise HalfbyteError(f"{directory} comes and goes: is another halfbyte at work there? choose another -o")
+
+
+def _not_held(directory: Path, error: OSError) -> HalfbyteError:
+    if isinstance(error, BlockingIOError):
+        return HalfbyteError(f"{directory} is in use by another halfbyte: wait for it, or choose another -o")
+    return HalfbyteError(
+        f"{directory} cannot be locked ({error.strerror or error}): its file system takes no locks, as some network "
+        "ones do not; choose an -o on a local disk and copy the result"
+    )

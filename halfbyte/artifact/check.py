@@ -32,9 +32,11 @@ from halfbyte.artifact.check_files import (
 )
 from halfbyte.artifact.check_values import check_values
 from halfbyte.artifact.findings import Findings
+from halfbyte.artifact.writer import work_of
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.formats import Format, columns, detect_format
 from halfbyte.models import Family, family_of
+from halfbyte.models.checkpoint import read_json
 from halfbyte.types import Progress, Quiet, Scheme
 
 _BROKEN = (HalfbyteError, ValueError, TypeError, KeyError, AttributeError, IndexError, re.error)
@@ -61,8 +63,7 @@ def check_artifact(directory: Path, progress: Progress | None = None) -> dict:
     Never raises for a bad artifact: what is wrong is a finding. Raises UsageError where `directory` is none.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory: name the artifact's directory")
+    _refuse_other(directory)
     check = _Check(directory, progress or Quiet())
     check.run()
     listed = check.findings.listed()
@@ -75,6 +76,31 @@ def check_artifact(directory: Path, progress: Progress | None = None) -> dict:
         "bytes": sum(info.nbytes for info in check.inventory.tensors.values()),
         "findings": listed,
     }
+
+
+def _refuse_other(directory: Path) -> None:
+    """A directory that is something else than an artifact gets one line instead of findings."""
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory: name the artifact's directory")
+    if (directory / MANIFEST).exists():
+        return
+    if work_of(directory) is not None:
+        raise UsageError(f"{directory} is a half-done artifact: run the command that began it again, it goes on")
+    if (directory / "model" / MANIFEST).is_file():
+        raise UsageError(f"{directory} is the directory of a run: its artifact is {directory / 'model'}")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise UsageError(
+            f"{directory} is no artifact (no {MANIFEST}, no config.json): name a directory that quantize wrote"
+        )
+    try:
+        quantized = "quantization_config" in read_json(config)
+    except HalfbyteError:
+        return
+    if not quantized:
+        raise UsageError(
+            f"{directory} is a model that is not quantized: make an artifact of it with `halfbyte quantize`"
+        )
 
 
 class _Check:

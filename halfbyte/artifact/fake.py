@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.algo import dequantize
 from halfbyte.errors import HalfbyteError
@@ -22,6 +20,9 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
 
     Raises UsageError for a directory that is no model, HalfbyteError where a tensor is missing.
     """
+    from accelerate import init_empty_weights  # here, for they take seconds, and a finished run needs no model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     checkpoint = Checkpoint(directory)
     family = family_of(checkpoint.config)
     names = [n for i in range(family.num_blocks) for n in family.linears(i)] + [family.lm_head]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
 from halfbyte.artifact.fingerprint import weight_fingerprint
 from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import TEMPORARY, make_directory, write_atomically, write_json, write_tensors, write_text
+from halfbyte.files import (
+    TEMPORARY,
+    link_or_copy,
+    make_directory,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Checkpoint, hash_file
 from halfbyte.models.checkpoint import read_header, read_json
@@ -75,6 +84,13 @@ class ArtifactWriter:
             make_directory(self.partial)
             write_json(state, {"work": self.work})
 
+    def abandon(self) -> None:
+        """Take back what `open` made, where no block is kept yet: nothing of worth is lost."""
+        if _work_of(self.partial / STATE) == self.work and not any(self.partial.glob("*.safetensors")):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):
+            self.partial.rmdir()
+
     def done(self, block: int) -> bool:
         """Whether that block's result is kept."""
         return self._file(block).is_file()
@@ -101,11 +117,16 @@ class ArtifactWriter:
         note = json.dumps({"linears": report, "seconds": seconds, "notices": list(notices)}, sort_keys=True)
         write_tensors(self._file(block), packed, {"halfbyte": note})
 
+    def adopt(self, block: int, other: ArtifactWriter) -> None:
+        """Keep a block that another writer keeps, as the same file: the same linears in the same format."""
+        link_or_copy(other._file(block), self._file(block))
+
     def _file(self, block: int) -> Path:
         return self.partial / (f"block-{block:05d}.safetensors" if block >= 0 else "head.safetensors")
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Assemble the artifact from the kept blocks; `facts` go into the manifest. Returns the manifest."""
+        """Assemble the artifact from the kept blocks; `facts` go into the manifest (their `versions` and `notices`
+        join those that are known here). Returns the manifest."""
         linears, solving, notices = self._reports()
         self._write_shards()
         self._copy_files()
@@ -123,10 +144,10 @@ class ArtifactWriter:
             "work": self.work,
             **facts,
             "recipe": self.recipe.identity(),
-            "versions": versions(),
+            "versions": versions() | facts.get("versions", {}),
             "git": git_commit(),
             "solving_seconds": round(solving, 3),
-            "notices": notices,
+            "notices": [*facts.get("notices", []), *notices],
             **self._sizes(linears),
             "linears": linears,
             "files": self._hashes(),

@@ -64,7 +64,7 @@ def too_few(found: int, needed: int) -> HalfbyteError:
     """The error for a text that is too short: both numbers, and what to do."""
     return HalfbyteError(
         f"too few calibration tokens: the text gives {found:,}, {needed:,} are asked for: "
-        "add text, or lower calibration.sequences or calibration.max_tokens"
+        "add text, or ask for less with --sequences or --max-tokens (quantize, run: --set calibration.sequences=N)"
     )
 
 

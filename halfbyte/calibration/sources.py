@@ -1,4 +1,4 @@
-"""Where text comes from: plain text files and JSONL files, read into documents.
+"""Text files and JSONL files read whole into documents, for running text that is cut as it stands.
 
 A plain text file is one running text of paragraphs (split at blank lines, or at line ends where it has none);
 joined, its documents give back the file exactly. A JSONL line is a document of its own.
@@ -7,25 +7,15 @@ joined, its documents give back the file exactly. A JSONL line is a document of 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from halfbyte.calibration.records import Document, parse_record, record_document
 from halfbyte.calibration.tokens import Tokenizer
-from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.errors import UsageError
 
 JSONL = (".jsonl", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A piece of text. `continues`: it follows the document before it in the same running text."""
-
-    text: str
-    origin: str
-    continues: bool = False
 
 
 def read_documents(
@@ -93,30 +83,7 @@ def _jsonl(path: Path, text: str, tokenizer: Tokenizer | None) -> list[Document]
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise HalfbyteError(f"{where} is not JSON ({str(error).splitlines()[0]}): mend or remove it") from error
-        content = _record_text(record, where, tokenizer)
-        if content.strip():
-            documents.append(Document(content, path.name))
+        document = record_document(parse_record(line, where), where, path.name, tokenizer)
+        if document.text.strip():
+            documents.append(document)
     return documents
-
-
-def _record_text(record: object, where: str, tokenizer: Tokenizer | None) -> str:
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if isinstance(record.get("messages"), list):
-            return _render(record["messages"], where, tokenizer)
-    raise HalfbyteError(f"{where} has neither a string `text` nor a list `messages`: add one of them")
-
-
-def _render(messages: list, where: str, tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None or not tokenizer.chat_template:
-        raise HalfbyteError(f"{where} has `messages`, and the tokenizer has no chat template: give `text` instead")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"{where}: the chat template refuses these messages: {reason}") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from halfbyte.cli import make, prove, sensitivity, serve
+import halfbyte
+from halfbyte.cli import calibrate, make, prove, sensitivity, serve, sweep
 from halfbyte.errors import HalfbyteError
 
 _CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -26,32 +27,46 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"halfbyte {halfbyte.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print halfbyte's version, and end.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 app.command("plan", short_help="What to make of a model and why; no weight is read.")(make.plan)
-app.command("calibrate", short_help="Build a calibration set.")(make.calibrate)
+app.command("calibrate", short_help="Build a calibration set.")(calibrate.calibrate)
 app.command("quantize", short_help="Make one 4-bit checkpoint.")(make.quantize)
 app.command("check", short_help="Prove that an artifact is whole; --serve: in real vLLM.")(prove.check)
 app.command("eval", short_help="Measure what 4 bits lost against BF16.")(prove.evaluate)
 app.command("sensitivity", short_help="The damage each linear group does alone, ranked.")(sensitivity.sensitivity)
+app.command("sweep", short_help="The experiment matrix: many recipes, ranked; shared work done once.")(sweep.sweep)
 app.command("report", short_help="A run's results as HTML and Markdown.")(prove.report)
 app.command(
     "serve", short_help="Print or run the vLLM command that works.", context_settings={"allow_extra_args": True}
 )(serve.serve)
 app.command("run", short_help="The main job: all of the above in one.")(make.run)
-app.command("ls", short_help="List recipes, platforms or methods.")(serve.ls)
+app.command("ls", short_help="List recipes, platforms, methods or matrices.")(serve.ls)
 app.command("env", short_help="Versions, the machine, the vLLM that is found.")(serve.env)
 
 
 def _quiet_libraries() -> None:
-    """Libraries' own progress bars and advice do not belong among ours."""
+    """Libraries' own progress bars and advice do not belong among ours. They read this when they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
     warnings.filterwarnings("ignore", module="transformers|torch|huggingface_hub")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""plan, calibrate, quantize, run."""
+"""plan, quantize, run."""
 
 from __future__ import annotations
 
 import shlex
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +21,21 @@ RecipeOption = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeatable.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.")]
-Text = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Plain text or JSONL. Repeatable.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE", exists=True, dir_okay=False, help="Plain text or JSONL. Repeatable."),
+]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH", exists=True, help="A calibration set, or text files. Repeatable. None: the model writes."
+    ),
+]
 Context = Annotated[
     int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Longest sequence served, in tokens.")
+]
+Levels = Annotated[
+    str | None, typer.Option("--concurrency", metavar="N,N,N", help="Sequences served at once; several: 1,16,64.")
 ]
 Concurrency = Annotated[int | None, typer.Option("--concurrency", metavar="N", min=1, help="Sequences served at once.")]
 Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How results are printed: human or json.")]
@@ -32,13 +44,6 @@ Device = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
-
-
-class Strategy(StrEnum):
-    """How text is cut."""
-
-    mixed = "mixed"
-    stream = "stream"
 
 
 def _recipe(name: str | None, overrides: list[str] | None):  # type: ignore[no-untyped-def]
@@ -54,83 +59,73 @@ def plan(
     on: On,
     recipe: RecipeOption = None,
     override: Set = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Whether calibration text will be given.")] = False,
+    text: Text = None,
     context: Context = None,
-    concurrency: Concurrency = None,
+    concurrency: Levels = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", metavar="GATE", help="A budget, as run takes it: ppl=+5%. Repeatable.")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Devices that share the model.")] = 1,
+    vllm_version: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="vLLM's version; none: the one each platform's data stands on."),
+    ] = None,
+    evidence: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", exists=True, help="Measured speeds of your own (YAML or JSON). Repeatable."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Name the rule and the source of everything.")] = False,
     style: Style = Format.human,
 ) -> None:
-    """What to make and why: method, group, exemptions, bytes, serve commands. No weight is read."""
-    from halfbyte.models import Checkpoint, resolve_model
-    from halfbyte.plan import make_plan, render_plan, variant_of
-    from halfbyte.platforms import load_platform
+    """What to make, for which platform, and what it gives: recipe, memory, speed, serve commands. Reads no weight."""
+    from halfbyte.experiments.gates import resolve_gates
+    from halfbyte.models import cache_dir, resolve_model
+    from halfbyte.plan import make_plan, open_for_plan, render_plan, spell, variant_of
+    from halfbyte.platforms import facts_for, load_platform
+    from halfbyte.recipe import Recipe
     from halfbyte.serving import serve_command
 
-    chosen = _recipe(recipe, override)
-    platforms = [load_platform(name) for name in on]
+    chosen, levels = _recipe(recipe, override), _levels(concurrency)
+    budgets = {g.name: g.limit for g in resolve_gates(gate or [])}
+    platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
+    if vllm_version:
+        facts_for(vllm_version)
+        platforms = [p.model_copy(update={"vllm": vllm_version}) for p in platforms]
+    target, ranks = Path("runs") / Path(model).name, ["--tensor-parallel-size", str(tp)] if tp > 1 else []
     with progress() as shown:
-        checkpoint = Checkpoint(resolve_model(model, shown))
+        checkpoint = open_for_plan(model, lambda: resolve_model(model, shown))
 
         def command(r, p):  # type: ignore[no-untyped-def]
-            line = serve_command("DIR", r.format, p, variant=variant_of(r), context=context, concurrency=concurrency)
-            return line.shell()
+            most = max(levels) if levels else None
+            line = serve_command(
+                checkpoint.path, r.format, p, variant=variant_of(r), context=context, concurrency=most, extra=ranks
+            )
+            return replace(line, argv=[*line.argv[:2], str(target / "model"), *line.argv[3:]]).shell()
 
-        result = make_plan(checkpoint, chosen, platforms, context, concurrency, text, command)
+        result = make_plan(checkpoint, chosen, platforms, context, levels, bool(text), command, gates=budgets, tp=tp)
+    result["model"] = {"name": model, **result["model"]}
     words = [word for name in on for word in ("--on", name)]
-    words += ["-r", recipe] if recipe else []
+    beyond_run = gate or evidence or vllm_version or tp > 1 or len(levels or []) > 1
+    words += ["-r", recipe] if recipe else spell(Recipe.model_validate(result["recipe"])) if beyond_run else []
     words += [word for value in override or [] for word in ("--set", value)]
+    words += [word for file in text or [] for word in ("--text", str(file))]
     words += ["--context", str(context)] if context else []
-    words += ["--concurrency", str(concurrency)] if concurrency else []
-    follow = shlex.join(["halfbyte", "run", model, *words, "-o", f"runs/{Path(model).name}"])
-    emit(result, style, f"{render_plan(result)}\n\nnext: {follow}")
+    words += ["--concurrency", str(max(levels))] if levels else []
+    words += [word for budget in gate or [] for word in ("--gate", budget)]
+    follow = shlex.join(["halfbyte", "run", model, *words, "-o", str(target)])
+    refused = result["model"]["moe"] and not result["model"]["moe"]["supported"]
+    last = "no next step: halfbyte quantize does not support this family yet" if refused else f"next: {follow}"
+    emit(result, style, f"{render_plan(result, explain)}\n\n{last}")
 
 
-def calibrate(
-    model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Whose tokenizer, and who writes.")],
-    output: Output,
-    text: Annotated[
-        list[Path] | None, typer.Argument(metavar="[TEXT]...", help="Text files; none: the model writes.")
-    ] = None,
-    sequences: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences (the strategy: 128 to 512).")] = 128,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens of the longest sequence.")] = 512,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 0,
-    strategy: Annotated[
-        Strategy, typer.Option(metavar="HOW", help="mixed (lengths) or stream (even strides, one length).")
-    ] = Strategy.mixed,
-    force: Force = False,
-    style: Style = Format.human,
-) -> None:
-    """Build a calibration set from text, or let the model write its own."""
-    from halfbyte.calibration import build
-    from halfbyte.experiments.quantize import LEAST_TOKENS, load_model, load_tokenizer
-    from halfbyte.models import resolve_model
-    from halfbyte.recipe import CalibrationSpec
-
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file: choose another -o")
-    if output.exists() and any(output.iterdir()) and not force:
-        raise UsageError(f"{output} is not empty: choose another -o, or --force")
-    spec = CalibrationSpec(sequences=sequences, max_tokens=max_tokens, seed=seed)
-    with progress() as shown:
-        path = resolve_model(model, shown)
-        writer = None if text else load_model(path)
-        data = build(
-            load_tokenizer(path),
-            spec,
-            sources=text or [],
-            model=writer,
-            strategy=strategy.value,
-            progress=shown,
-        )
-        data.save(output)
-    rows = "\n".join(
-        f"  {r['from']:>5}-{r['to']:<5} tokens  {r['sequences']:>5} sequences  {r['tokens']:>8,} tokens"
-        for r in data.manifest["histogram"]
-    )
-    said = f"{output}: {len(data.sequences)} sequences, {data.tokens:,} tokens, SHA-256 {data.sha256[:16]}\n{rows}"
-    follow = f"next: halfbyte quantize {model} -r RECIPE --calibration {output} -o DIR"
-    if data.tokens < LEAST_TOKENS:
-        follow = f"too few for quantize, which takes {LEAST_TOKENS:,} tokens or more: raise --sequences or --max-tokens"
-    emit(data.manifest, style, f"{said}\n{follow}")
+def _levels(text: str | None) -> list[int] | None:
+    """Concurrencies from "1,16,64"."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"--concurrency {text}: write whole numbers above 0, such as 64 or 1,16,64")
+    return sorted({int(word) for word in words})
 
 
 def quantize(
@@ -138,10 +133,7 @@ def quantize(
     recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A preset's name or a YAML file.")],
     output: Output,
     override: Set = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="A calibration set, or text files. Repeatable. None: the model writes."),
-    ] = None,
+    calibration: Calibration = None,
     device: Device = None,
     resume: Resume = False,
     force: Force = False,

@@ -89,6 +89,7 @@ def evaluate(
     from halfbyte.evaluate import compare, set_windows, write_result
     from halfbyte.experiments.quantize import load_model, load_tokenizer, self_generated
     from halfbyte.experiments.run import artifact_baseline, windows_of
+    from halfbyte.files import portable
     from halfbyte.models import resolve_model
     from halfbyte.recipe import CalibrationSpec
 
@@ -102,14 +103,17 @@ def evaluate(
             scored = set_windows(self_generated(path, spec, device, shown))
         quantized = load_fake_quantized(directory, device=device)
         fidelity = compare(load_model(path, device), quantized, scored, progress=shown)
-    result = fidelity.result(str(directory), name)
+    names = portable(directory), portable(name)
+    result = fidelity.result(*names)
     if output:
-        write_result(output, fidelity, str(directory), name)
+        write_result(output, fidelity, *names)
     emit(result, style, f"{eval_words(result)}\n\nnext: halfbyte serve {directory} --on PLATFORM --print")
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's directory; or an artifact's, then the report goes beside it.")
+    ],
     style: Style = Format.human,
 ) -> None:
     """One self-contained HTML page and the same tables in Markdown, from a run's result files."""

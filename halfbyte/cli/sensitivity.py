@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import MIB, Format, emit, progress
-from halfbyte.cli.make import Device, Model, Set, Style, Text
+from halfbyte.cli.make import Calibration, Device, Model, Set, Style, Text
 
 SHOWN = 20
 """Rows of the table for people; JSON has them all."""
@@ -32,10 +32,7 @@ def sensitivity(
     ] = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=64, help="Held tokens to measure on, about.")] = 2048,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="A calibration set, or text files. Repeatable. None: the model writes."),
-    ] = None,
+    calibration: Calibration = None,
     dtype: Annotated[
         Arithmetic, typer.Option(metavar="DTYPE", help="float32, or bfloat16: half the memory, and a noise floor.")
     ] = Arithmetic.float32,

@@ -56,11 +56,11 @@ def serve(
 
 
 def ls(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="recipes, platforms or methods.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="recipes, platforms, methods or matrices.")],
     style: Style = Format.human,
 ) -> None:
-    """List recipes, platforms or methods, a line each."""
-    listings = {"recipes": _recipes, "platforms": _platforms, "methods": _methods}
+    """List recipes, platforms, methods or matrices, a line each."""
+    listings = {"recipes": _recipes, "platforms": _platforms, "methods": _methods, "matrices": _matrices}
     if what not in listings:
         raise UsageError(f"ls {what}: use {', '.join(listings)}")
     rows = listings[what]()
@@ -83,6 +83,12 @@ def _platforms() -> dict[str, str]:
         loads = [f for f in platform.formats if platform.support(f, platform.default_variant(f)).loads]
         rows[name] = f"{platform.label}; loads {', '.join(loads)}"
     return rows
+
+
+def _matrices() -> dict[str, str]:
+    from halfbyte.experiments.matrix import list_matrices
+
+    return list_matrices()
 
 
 def _methods() -> dict[str, str]:

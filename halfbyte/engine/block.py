@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from halfbyte.algo import Factor, Options, Solved, Stats, find_scale, get_grid, solve_group
+from halfbyte.algo import Options, Solved, Stats, find_scale, get_grid, solve_group
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Family, Fold
 from halfbyte.recipe.schema import Recipe
@@ -43,14 +44,15 @@ def solve_block(
     schemes: dict[str, Scheme],
     tensors: dict[str, torch.Tensor],
     stats: dict[str, Stats],
-    factors: dict[tuple, Factor],
+    factors: dict[tuple, Any],
 ) -> BlockResult:
     """Quantize block `index`.
 
     schemes   by full linear name; what is missing stays in BF16
     tensors   the block's tensors by name relative to the block, on the device that solves
     stats     by group kind (missing: data-free)
-    factors   a cache that recipes with the same statistics, damping and order share
+    factors   a cache of the block that recipes share: factors by group, damping and order, scales by group, grid,
+              group size and effort
     Raises HalfbyteError where a weight or a calibration input is not finite.
     """
     prefix = family.block(index) + "."
@@ -62,7 +64,7 @@ def solve_block(
         _refuse_broken(prefix, group, weights, group_stats[group.kind])
     scaled: set[str] = set()
     if recipe.scaling == "awq":
-        scaled = _scale(recipe, family, prefix, schemes, todo, tensors, weights, group_stats, result)
+        scaled = _scale(recipe, family, prefix, schemes, todo, tensors, weights, group_stats, factors, result)
     options = options_of(recipe)
     for group in todo:
         scheme = schemes[prefix + group.names[0]]
@@ -102,9 +104,13 @@ def _scale(
     tensors: dict[str, torch.Tensor],
     weights: dict[str, torch.Tensor],
     stats: dict[str, Stats],
+    shared: dict[tuple, Any],
     result: BlockResult,
 ) -> set[str]:
-    """Find and fold input scales; changes `weights` and `stats` in place. Returns the kinds that were scaled."""
+    """Find and fold input scales; changes `weights` and `stats` in place. Returns the kinds that were scaled.
+
+    All scales are found before any is folded, so that they are those of the block as it was: `shared` keeps them.
+    """
     groups = {g.kind: g for g in todo}
     grid = get_grid(options_of(recipe).grid)
     scaled = set()
@@ -117,7 +123,11 @@ def _scale(
             (family.num_kv_heads, family.num_heads // family.num_kv_heads, family.head_dim) if fold.per_head else None
         )
         size = schemes[prefix + group.names[0]].group_size
-        s = find_scale([weights[n] for n in group.names], stats[fold.kind], grid, size, recipe.effort, repeat)
+        key = ("scale", fold.kind, recipe.grid, size, recipe.effort)
+        if key not in shared:
+            originals = [weights[n] for n in group.names]
+            shared[key] = find_scale(originals, stats[fold.kind], grid, size, recipe.effort, repeat)
+        s = shared[key]
         if bool((s != 1).any()):
             found[fold.kind] = s
     for fold in family.architecture.folds:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from halfbyte.algo import Stats, dequantize
+from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
+from halfbyte.engine.importance import Importance, every_token, first_token
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import LinearGroup, Progress, Quiet, Scheme
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
@@ -38,12 +40,14 @@ class Job:
     schemes   every quantized linear's full name and scheme
     done      whether a block's result is already kept (resume)
     emit      takes a block's result
+    failed    takes what solving a block raised, and the other jobs go on; None: it ends the pass
     """
 
     recipe: Recipe
     schemes: dict[str, Scheme]
     done: Callable[[int], bool]
     emit: Callable[[int, BlockResult], None]
+    failed: Callable[[int, Exception], None] | None = None
 
 
 def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | None) -> str:
@@ -100,7 +104,7 @@ def quantize_blocks(
     if sequences is None:
         run.without_data()
     else:
-        run.with_data(make_batches(sequences, batch_tokens))
+        run.with_data(sequences, batch_tokens)
 
 
 def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
@@ -111,6 +115,8 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
         raise HalfbyteError(
             "propagate serves one recipe at a time: statistics behind quantized blocks differ by recipe"
         )
+    if len({job.recipe.effort == "max" for job in jobs}) > 1:
+        raise HalfbyteError("effort max weighs every token: it shares no pass with recipes of less effort")
 
 
 class _Pass:
@@ -118,6 +124,8 @@ class _Pass:
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
+        self.importance = Importance()
+        self.careful = any(j.recipe.effort == "max" for j in jobs)
         self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
 
     def without_data(self) -> None:
@@ -132,14 +140,20 @@ class _Pass:
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._head(None)
 
-    def with_data(self, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
         count = self.family.num_blocks
+        batches = make_batches(sequences, batch_tokens)
         hidden, arguments = self.skeleton.embed(ids for ids, _ in batches)
         keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
         shapes = [tuple(ids.shape) for ids, _ in batches]
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
         if any(not j.done(HEAD) for j in self._head_jobs()):
             last = count - 1
+        if last >= 0:
+            if self.careful:
+                self.importance = every_token(self.skeleton, batches, progress=self.progress)
+            else:
+                self.importance = first_token(self.skeleton, sequences, progress=self.progress)
         self.progress.start("quantizing", count)
         for index in range(count):
             if index <= last:
@@ -158,8 +172,8 @@ class _Pass:
             needed = self._needed(index, waiting or list(self.jobs))
             with Collectors(block, needed, self.skeleton.device) as collectors:
                 for i, x in enumerate(hidden):
-                    collectors.keep = keeps[i]
-                    out = _call(block, x, kwargs[i])
+                    collectors.expect(keeps[i], self._counts(index, needed, i, x))
+                    out = call(block, x, kwargs[i])
                     if not propagate:
                         hidden[i] = out
             results = self._solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
@@ -167,8 +181,14 @@ class _Pass:
                 self._replace(block, index, results[0])
         if propagate or not waiting:
             for i, x in enumerate(hidden):
-                hidden[i] = _call(block, x, kwargs[i])
+                hidden[i] = call(block, x, kwargs[i])
         self.skeleton.drop_block(index)
+
+    def _counts(
+        self, index: int, groups: Iterable[LinearGroup], batch: int, x: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        weights = self.importance.weights
+        return {g.kind: weights((index, g.kind), batch, tuple(x.shape[:2])).to(x.device) for g in groups}
 
     def _needed(self, index: int, jobs: Sequence[Job]) -> dict[LinearGroup, bool]:
         prefix = self.family.block(index) + "."
@@ -185,7 +205,13 @@ class _Pass:
         results = []
         for job in jobs:
             started = time.monotonic()
-            result = solve_block(job.recipe, self.family, index, job.schemes, tensors, stats, factors)
+            try:
+                result = solve_block(job.recipe, self.family, index, job.schemes, tensors, stats, factors)
+            except Exception as error:
+                if job.failed is None:
+                    raise
+                job.failed(index, error)
+                continue
             for notice in result.notices:
                 self.progress.say(notice)
             result.seconds = time.monotonic() - started
@@ -222,10 +248,11 @@ class _Pass:
                 collector.add(flat if keep is None else flat[keep])
             stats = collector.stats()
         for job in waiting:
-            solved, _ = solve_group([weight], stats, job.schemes[name].group_size, options_of(job.recipe))
+            try:
+                solved, _ = solve_group([weight], stats, job.schemes[name].group_size, options_of(job.recipe))
+            except Exception as error:
+                if job.failed is None:
+                    raise
+                job.failed(HEAD, error)
+                continue
             job.emit(HEAD, BlockResult(linears={name: solved[0]}))
-
-
-def _call(block: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    out = block(x, **kwargs)
-    return out[0] if isinstance(out, tuple) else out

@@ -46,6 +46,7 @@ class Skeleton:
         self.model: nn.Module = model.eval()
         self.inner: nn.Module = model.model
         self.blocks: list[nn.Module] = list(self.inner.layers)
+        self._head: torch.Tensor | None = None
         self._fill(self.inner.embed_tokens, "model.embed_tokens.")
         self._fill(self.inner.norm, "model.norm.")
         for module in self.inner.modules():
@@ -70,6 +71,19 @@ class Skeleton:
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm's output: what lm_head reads."""
         return self.inner.get_submodule("norm")(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits, float32 [..., V], from the last block's output [..., D]."""
+        out = nn.functional.linear(self.normed(hidden), self._head_weight()).float()
+        cap = self.checkpoint.config.get("final_logit_softcapping")
+        return torch.tanh(out / cap) * cap if cap else out
+
+    def _head_weight(self) -> torch.Tensor:
+        if self.family.tied:
+            return self.inner.get_parameter("embed_tokens.weight")
+        if self._head is None:
+            self._head = self.checkpoint.load(f"{self.family.lm_head}.weight").to(self.device, self.dtype)
+        return self._head
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in `dtype` on `device`."""

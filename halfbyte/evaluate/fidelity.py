@@ -89,7 +89,7 @@ def compare(
     started = time.monotonic()
     progress.start("comparing with the baseline", len(windows))
     scores = _score(baseline, model, windows, batch_tokens, progress)
-    noise = noise_floor(baseline, windows.first(_enough(windows, noise_tokens)), batch_tokens, progress)
+    noise = noise_floor(baseline, windows.first(enough(windows, noise_tokens)), batch_tokens, progress)
     return Fidelity(scores, summary(scores, seed), noise, windows, time.monotonic() - started)
 
 
@@ -172,6 +172,11 @@ def _score(baseline: Any, model: Any, windows: Windows, batch_tokens: int, progr
         columns["window"].append(torch.tensor(members)[row].numpy())
         columns["position"].append(position.numpy())
         progress.advance(len(members))
+    return collected(columns)
+
+
+def collected(columns: dict[str, list[np.ndarray]]) -> TokenScores:
+    """Batches' columns, [N] each, as one in the windows' order. Raises HalfbyteError for none, or for NaN in them."""
     if not columns["kl"]:
         raise HalfbyteError("no token to score: give longer windows")
     arrays = {name: np.concatenate(values) for name, values in columns.items()}
@@ -181,7 +186,7 @@ def _score(baseline: Any, model: Any, windows: Windows, batch_tokens: int, progr
     return TokenScores(**{name: values[order] for name, values in arrays.items()})
 
 
-def _enough(windows: Windows, tokens: int) -> int:
+def enough(windows: Windows, tokens: int) -> int:
     """How many of the first windows hold `tokens` tokens (all of them, where they hold fewer)."""
     held = np.cumsum([len(ids) for ids in windows.ids])
     return min(len(windows), int(np.searchsorted(held, tokens)) + 1)

@@ -122,17 +122,19 @@ def evaluate_gates(
     passed = [row for row in rows if row["status"] == "passed"]
     verdict = "rejected" if failed else "accepted" if rows and len(passed) == len(rows) else "incomplete"
     result = {"schema": 1, "kind": "gates", "verdict": verdict, "gates": rows}
-    return {**result, "text": verdict_text(result)}
+    return {**result, "text": verdict_text(result, check, served)}
 
 
-def verdict_text(result: Mapping[str, Any]) -> str:
-    """The verdict in words for a reader who has never seen a gate."""
+def verdict_text(
+    result: Mapping[str, Any], check: Mapping[str, Any] | None = None, served: Mapping[str, Any] | None = None
+) -> str:
+    """The verdict in words for a reader who has never seen a gate; `check` and `served`: what is known besides."""
     rows = result["gates"]
     if result["verdict"] == "accepted":
         return "Accepted: every gate holds even at the worse end of its confidence interval. " + _sentences(rows)
     if result["verdict"] == "rejected":
         failed = [row for row in rows if row["status"] == "failed"]
-        return "Rejected: " + _sentences(failed) + " " + _advice(failed)
+        return "Rejected: " + _sentences(failed) + " " + _advice(failed, _soundness(check, served))
     missing = [row["name"] for row in rows if row["status"] == "not measured"]
     what = f"{', '.join(missing)} not measured" if missing else "there is no gate to pass"
     return f"Incomplete: {what}, and what is not measured does not pass. Nothing measured so far failed."
@@ -142,13 +144,21 @@ def _sentences(rows: Iterable[Mapping[str, Any]]) -> str:
     return " ".join(f"{row['text'][:1].upper()}{row['text'][1:]}." for row in rows)
 
 
-def _advice(failed: list[Mapping[str, Any]]) -> str:
+def _advice(failed: list[Mapping[str, Any]], known: str) -> str:
     if any(row["name"] in STRUCTURAL for row in failed):
         return "Do not serve this artifact: make it again, and if that repeats, report it."
     return (
-        "The artifact may be whole, but it loses more than the budget allows: choose a smaller group_size, keep the "
+        f"{known} loses more than the budget allows: choose a smaller group_size, keep the "
         "boundary blocks in BF16, calibrate on more text, or state a larger budget with --gate."
     )
+
+
+def _soundness(check: Mapping[str, Any] | None, served: Mapping[str, Any] | None) -> str:
+    """What is known of an artifact beside its quality, as the beginning of a sentence."""
+    if check is None:
+        return "The artifact was not checked, and it"
+    agrees = served is not None and served.get("status") == "served" and served.get("passed")
+    return "The artifact is sound" + (" and vLLM computes what it says" if agrees else "") + ", but it"
 
 
 def _judge(gate: Gate, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:

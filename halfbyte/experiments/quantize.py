@@ -16,9 +16,9 @@ from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, quantize_blocks, work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import locked
+from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
-from halfbyte.plan.layers import assign, quantized
+from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
 
@@ -63,32 +63,72 @@ def quantize(
         fingerprint = checkpoint.fingerprint()
         work = work_id(recipe, fingerprint, data.sha256 if data else None)
         writer = ArtifactWriter(output, checkpoint, recipe, plans, work)
-        writer.open(force)
-        if writer.finished:
-            progress.say(f"{output} is finished: nothing to do")
-            return read_manifest(output)
         started = time.monotonic()
-        resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
-        job = _job(writer, recipe)
-        quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+        try:
+            writer.open(force)
+            if writer.finished:
+                progress.say(f"{output} is finished: nothing to do")
+                return read_manifest(output)
+            told = cast_notices(checkpoint, plans, progress)
+            resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
+            job = _job(writer, recipe)
+            quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+        except HalfbyteError:
+            writer.abandon()
+            raise
         progress.start("writing the checkpoint", 1)
         facts = {
-            "model": {"name": model, "hub_id": hub_id(model), "path": str(path), "sha256": fingerprint},
-            "vllm": _vllm_version(),
-            "tokenizer_sha256": _tokenizer_hash(path),
-            "calibration": data.manifest if data else None,
-            "seeds": {"calibration": recipe.calibration.seed},
-            "command": command,
-            "device": device,
-            "threads": torch.get_num_threads(),
+            **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
+            "notices": told,
             "resumed": resumed,
             "seconds": round(time.monotonic() - started, 3),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "peak_device_mib": torch.cuda.max_memory_allocated() >> 20 if device.startswith("cuda") else None,
         }
         manifest = writer.finish(facts)
         progress.advance()
         return manifest
+
+
+def manifest_facts(
+    model: str,
+    path: Path,
+    output: Path,
+    fingerprint: str,
+    recipe: Recipe,
+    data: CalibrationSet | None,
+    device: str,
+    command: str | None,
+) -> dict[str, Any]:
+    """What a manifest says of how the artifact in `output` was made, its times and notices aside."""
+    return {
+        "model": _model_facts(model, path, output, fingerprint),
+        "versions": {"vllm": _vllm_version()},
+        "tokenizer_sha256": _tokenizer_hash(path),
+        "calibration": data.manifest if data else None,
+        "seeds": {"calibration": recipe.calibration.seed},
+        "command": command,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_device_mib": torch.cuda.max_memory_allocated() >> 20 if device.startswith("cuda") else None,
+    }
+
+
+def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict[str, Any]:
+    """What the manifest says of the model; a directory's `path` is seen from the artifact, where that tells."""
+    public = hub_id(model)
+    place = None if public else seen_from(output, path)
+    return {"name": portable(model), "hub_id": public, "path": place, "sha256": fingerprint}
+
+
+def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
+    """A notice where linears to be quantized are not stored in BF16; it is said, too."""
+    names = [f"{name}.weight" for name in quantized(plans)]
+    others = sorted({checkpoint.tensors[name].dtype for name in names} - {"BF16"})
+    if not others:
+        return []
+    notice = f"the model is stored in {' and '.join(others)}: its linears are rounded to BF16 first, then quantized"
+    progress.say(notice)
+    return [notice]
 
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:

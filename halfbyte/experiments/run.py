@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
 from halfbyte.experiments.gates import evaluate_gates, resolve_gates
 from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize, self_generated
-from halfbyte.files import TEMPORARY, locked, write_json, write_text
-from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.files import TEMPORARY, locked, portable, write_json, write_text
+from halfbyte.models import Checkpoint, hub_id, resolve_model
 from halfbyte.models.checkpoint import read_json
 from halfbyte.plan import make_plan, variant_of
 from halfbyte.platforms import Platform, load_platform
@@ -98,7 +98,20 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
     progress = progress or Quiet()
     with locked(request.output):
         _refuse_foreign(request)
-        return _Run(request, progress).go()
+        before = any(request.output.iterdir())
+        chain = _Run(request, progress)
+        try:
+            return chain.go()
+        except HalfbyteError:
+            if not before and chain.stages.fresh in ([], ["plan"]):
+                _take_back(request.output)
+            raise
+
+
+def _take_back(directory: Path) -> None:
+    """Remove a plan that nothing came of, so that a refused run leaves no directory."""
+    for name in ("plan.json", "run.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(request: RunRequest) -> None:
@@ -130,7 +143,8 @@ class _Run:
         self._judge(manifest, windows)
         commands = self._commands(recipe)
         results = {name: read_json(self.out / f"{name}.json") for name in ("plan", "check", "served", "eval", "gates")}
-        card = model_card(manifest, results["eval"], results["served"], results["gates"], commands)
+        here = {p.name: self._command(recipe, p, ".") for p in self.platforms if p.name in commands}
+        card = model_card(manifest, results["eval"], results["served"], results["gates"], here)
         write_text(self.artifact / "README.md", card)
         build_report(self.out)
         return {
@@ -154,15 +168,18 @@ class _Run:
                 request.context,
                 request.concurrency,
                 bool(request.text),
-                lambda r, p: self._command(r, p).shell(),
+                lambda r, p: self._command(r, p, self.artifact.name),
             )
+            facts = {key: value for key, value in plan["model"].items() if key != "path"}
+            plan["model"] = {"name": portable(request.model), **facts}
             write_json(self.out / "plan.json", plan)
 
         self.stages.do("plan", key, "plan.json", make)
         return read_json(self.out / "plan.json")
 
-    def _command(self, recipe: Recipe, platform: Platform) -> Any:
-        return serve_command(
+    def _command(self, recipe: Recipe, platform: Platform, place: str) -> str:
+        """The serve command for a shell, with the artifact called `place`."""
+        command = serve_command(
             self.artifact,
             recipe.format,
             platform,
@@ -170,10 +187,10 @@ class _Run:
             context=self.request.context,
             concurrency=self.request.concurrency,
         )
+        return replace(command, argv=[*command.argv[:2], place, *command.argv[3:]]).shell()
 
     def _text(self, recipe: Recipe) -> tuple[CalibrationSet, Windows]:
         """The calibration set (kept in calibration/) and the held-out windows."""
-        tokenizer = load_tokenizer(self.path)
         spec = recipe.calibration if self.request.text else OWN_TEXT
         files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.request.text if p.is_file()]
         key = {**self.base, "spec": spec.model_dump(), "files": files}
@@ -182,7 +199,7 @@ class _Run:
         def make() -> None:
             if text:
                 share = (0.0, CALIBRATION_SHARE)
-                data = build(tokenizer, spec, sources=text, portion=share, progress=self.progress)
+                data = build(load_tokenizer(self.path), spec, sources=text, portion=share, progress=self.progress)
             else:
                 data = self_generated(self.path, spec, self.request.device or "cpu", self.progress)
             data.save(self.out / "calibration")
@@ -190,7 +207,9 @@ class _Run:
         self.stages.do("calibrate", key, "calibration/manifest.json", make)
         data = CalibrationSet.load(self.out / "calibration")
         if text:
-            windows = text_windows(text, tokenizer, window=TEXT_WINDOW, portion=(CALIBRATION_SHARE, 1.0))
+            windows = text_windows(
+                text, load_tokenizer(self.path), window=TEXT_WINDOW, portion=(CALIBRATION_SHARE, 1.0)
+            )
             return data, windows.first(TEXT_WINDOWS)
         held = self_generated(self.path, HELD_OUT, self.request.device or "cpu", self.progress)
         return data, set_windows(held)
@@ -223,7 +242,7 @@ class _Run:
             fidelity = compare(
                 baseline, load_fake_quantized(self.artifact, device=device), windows, progress=self.progress
             )
-            write_result(out, fidelity, str(self.artifact), request.model)
+            write_result(out, fidelity, self.artifact.name, portable(request.model))
 
         def serve() -> None:
             served = compare_served(
@@ -234,7 +253,7 @@ class _Run:
                 log_path=out / "vllm.log",
                 progress=self.progress,
             )
-            write_served(out, served)
+            write_served(out, self._placeless(served))
 
         self.stages.do("check", key, "check.json", self._check)
         before = _result(out / "served.json")
@@ -245,8 +264,15 @@ class _Run:
         check, served, evaluation = (read_json(out / f"{n}.json") for n in ("check", "served", "eval"))
         write_json(out / "gates.json", evaluate_gates(self.gates, evaluation, check, served))
 
+    def _placeless(self, served: dict[str, Any]) -> dict[str, Any]:
+        """A served result that says nothing of where the run and vLLM lie on this machine."""
+        names = {str(self.artifact): self.artifact.name}
+        command = [names.get(word, word) for word in served["command"]]
+        reason = served["reason"].replace(f"{self.out}/", "")
+        return {**served, "command": [*(Path(word).name for word in command[:1]), *command[1:]], "reason": reason}
+
     def _check(self) -> None:
-        result = check_artifact(self.artifact, self.progress)
+        result = {**check_artifact(self.artifact, self.progress), "path": self.artifact.name}
         write_json(self.out / "check.json", result)
         if not result["ok"]:
             first = result["findings"][0]
@@ -255,14 +281,15 @@ class _Run:
             )
 
     def _commands(self, recipe: Recipe) -> dict[str, str]:
+        """Serve commands by platform, as given in the run's directory; also into serve.sh."""
         lines = {}
         for platform in self.platforms:
             try:
-                lines[platform.name] = self._command(recipe, platform).shell()
+                lines[platform.name] = self._command(recipe, platform, self.artifact.name)
             except HalfbyteError as error:
                 self.progress.say(str(error))
-        script = "".join(f"# on {name}\n{line}\n" for name, line in lines.items())
-        write_text(self.out / "serve.sh", script)
+        head = '# The commands that serve it, by platform; vLLM must be on the PATH.\ncd "$(dirname "$0")"\n'
+        write_text(self.out / "serve.sh", head + "".join(f"# on {name}\n{line}\n" for name, line in lines.items()))
         return lines
 
 
@@ -283,10 +310,18 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 def artifact_baseline(directory: Path) -> str:
-    """The model that an artifact was made of, as its manifest names it."""
+    """The model that an artifact was made of: its directory, or its public name.
+
+    Raises UsageError where the manifest does not lead to it.
+    """
     model = read_manifest(directory).get("model") or {}
-    path, name = model.get("path"), model.get("name")
-    return str(path) if path and Path(path).is_dir() else str(name)
+    place = directory.resolve() / str(model.get("path") or "none")  # an older manifest's absolute path stays one
+    if model.get("path") and place.is_dir():
+        return str(place.resolve())
+    name = str(model.get("name"))
+    if hub_id(name) is None:
+        raise UsageError(f"where the BF16 model {name} lies is not known: name it with --baseline DIR")
+    return name
 
 
 def own_windows(model: Any, tokenizer: Any, seed: int, progress: Progress) -> Windows:

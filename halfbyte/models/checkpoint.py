@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,23 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_HASHES: dict[tuple[Path, int, int, int, int], str] = {}
+_SETTLED_S = 2.0
+"""A file that was touched less than so long ago may change again under the same time stamp."""
+
+
+def _remembered_hash(path: Path) -> str:
+    """`hash_file`, computed once in a process for a file that stays as it is (by inode, size and times)."""
+    state = path.stat()
+    key = (path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    if key in _HASHES:
+        return _HASHES[key]
+    digest = hash_file(path)
+    if time.time() - state.st_ctime > _SETTLED_S:
+        _HASHES[key] = digest
+    return digest
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises HalfbyteError with the file's name."""
     try:
@@ -202,7 +220,7 @@ class Checkpoint:
         """SHA-256 over config.json and every weight file's own SHA-256: names the model's contents."""
         digest = hashlib.sha256()
         for file in [self.path / "config.json", *self.files]:
-            digest.update(f"{file.name} {hash_file(file)}\n".encode())
+            digest.update(f"{file.name} {_remembered_hash(file)}\n".encode())
         return digest.hexdigest()
 
     def tokenizer_files(self) -> list[Path]:

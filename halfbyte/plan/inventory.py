@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.formats import get_format
-from halfbyte.models import Checkpoint, family_of
+from halfbyte.models import Checkpoint
 from halfbyte.plan.layers import LinearPlan, assign
+from halfbyte.plan.moe import experts_of, plan_family
 from halfbyte.recipe.schema import GROUP_SIZES, Recipe
 from halfbyte.types import Scheme
 
@@ -27,23 +28,43 @@ class Footprint:
     if_quantized: int
 
     @property
+    def expert(self) -> bool:
+        """Whether it belongs to one expert of a mixture."""
+        return ".experts." in self.plan.name
+
+    @property
     def parameters(self) -> int:
         return self.plan.out_features * self.plan.in_features if self.before else 0
 
 
 def footprints(recipe: Recipe, checkpoint: Checkpoint) -> list[Footprint]:
     """The footprint of every linear. A tied lm_head has no bytes of its own. Errors: those of `assign`."""
-    return [_footprint(plan, recipe, checkpoint) for plan in assign(recipe, checkpoint)]
+    sizes = _Sizes(recipe)
+    return [_footprint(plan, recipe, checkpoint, sizes) for plan in assign(recipe, checkpoint, plan_family(checkpoint))]
 
 
-def _footprint(plan: LinearPlan, recipe: Recipe, checkpoint: Checkpoint) -> Footprint:
+class _Sizes(dict[tuple[int, int, Scheme], int]):
+    """`linear_bytes` by shape and scheme: a model has few of them and many linears."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.recipe = recipe
+
+    def of(self, plan: LinearPlan, scheme: Scheme) -> int:
+        key = (plan.out_features, plan.in_features, scheme)
+        if key not in self:
+            self[key] = linear_bytes(plan, self.recipe, scheme)
+        return self[key]
+
+
+def _footprint(plan: LinearPlan, recipe: Recipe, checkpoint: Checkpoint, sizes: _Sizes) -> Footprint:
     name = f"{plan.name}.weight"
     before = checkpoint.tensors[name].nbytes if checkpoint.has(name) else 0
     if plan.scheme is not None:
-        after = linear_bytes(plan, recipe, plan.scheme)
+        after = sizes.of(plan, plan.scheme)
         return Footprint(plan, before, after, after)
     scheme = best_scheme(recipe, plan.in_features)
-    if_quantized = linear_bytes(plan, recipe, scheme) if scheme and before else before
+    if_quantized = sizes.of(plan, scheme) if scheme and before else before
     return Footprint(plan, before, before, if_quantized)
 
 
@@ -65,11 +86,11 @@ def best_scheme(recipe: Recipe, in_features: int) -> Scheme | None:
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the model is: family, sizes, parameters, bytes, dtypes."""
-    config, family = checkpoint.config, family_of(checkpoint.config)
+    """What the model is: family, sizes, parameters, bytes, dtypes; `moe` where it is a mixture of experts."""
+    config, family = checkpoint.config, plan_family(checkpoint)
     return {
         "path": str(checkpoint.path),
-        "family": family.model_type,
+        "family": str(config["model_type"]),
         "blocks": family.num_blocks,
         "hidden_size": family.hidden_size,
         "intermediate_size": config.get("intermediate_size"),
@@ -82,7 +103,14 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
         "parameters": _parameters(checkpoint),
         "bytes": checkpoint.total_bytes,
+        "embedding_bytes": _bytes_of(checkpoint, family.embedding),
+        "moe": experts_of(checkpoint),
     }
+
+
+def _bytes_of(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.tensors.get(f"{name}.weight")
+    return info.nbytes if info else 0
 
 
 def by_kind(linears: Sequence[Footprint]) -> list[dict[str, Any]]:

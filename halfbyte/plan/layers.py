@@ -29,13 +29,15 @@ class LinearPlan:
     reason: str
 
 
-def assign(recipe: Recipe, checkpoint: Checkpoint) -> list[LinearPlan]:
+def assign(recipe: Recipe, checkpoint: Checkpoint, family: Family | None = None) -> list[LinearPlan]:
     """Every linear of the model (blocks first, then lm_head where it has weights of its own), with its scheme.
+
+    `family`: what a block looks like, where the caller knows more than `family_of` (plan.moe).
 
     Raises UsageError where a group size does not divide (and the recipe says `error`), where an `ignore` entry
     matches nothing or only a part of a fused group; HalfbyteError where a linear has no weight.
     """
-    family = family_of(checkpoint.config)
+    family = family or family_of(checkpoint.config)
     recipe = _one_size(recipe, checkpoint, family)
     ignored = _Ignore(recipe.ignore)
     plans = []
@@ -151,7 +153,7 @@ def _scheme(recipe: Recipe, name: str, width: int) -> tuple[Scheme | None, str]:
         return Scheme(recipe.grid, smaller[0]), f"group {wanted} does not divide {width}: {smaller[0]}"
     if recipe.indivisible == "keep":
         return None, f"group {wanted} does not divide {width}"
-    instead = f"group_size={smaller[0]}" if smaller else "indivisible=keep"
+    instead = f"group_size={smaller[0]}, or --set indivisible=smaller" if smaller else "indivisible=keep"
     raise UsageError(f"group_size {wanted} does not divide the {width} inputs of {name}: --set {instead}")
 
 

@@ -1,111 +1,223 @@
-"""What a user should know before the work begins: where strategy and vLLM's facts disagree, and what will hinder."""
+"""What a user should know before the work begins: what will hinder, what is guessed, where facts bend the strategy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.plan.decision import best_speed, hindrance, speed_table, variant_of
+from halfbyte.plan.decision import hindrance
 from halfbyte.plan.inventory import Footprint
+from halfbyte.plan.kernels import fall_backs
+from halfbyte.plan.memory import KV_BYTES
+from halfbyte.plan.parallel import odd_widths
+from halfbyte.plan.rules import CONFIGURATION, EVERY_FORMAT, HEADERS, NVFP4_BLOCKS, POLICY, RISKS, Reason, guide
+from halfbyte.plan.speed import Model, best_speed, is_near, speed_table
+from halfbyte.plan.words import flag_words, joined, variant_of
 from halfbyte.platforms import Platform, facts_for
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import NVFP4_BLOCK
 
 
-def notices(
-    recipe: Recipe,
-    linears: Sequence[Footprint],
-    model: dict[str, Any],
-    platforms: Sequence[Platform],
-    context: int | None,
-    concurrency: int,
-    text_given: bool,
-) -> list[str]:
-    """Every notice, each one sentence, the most important first."""
-    found = [f"do not serve this on {h}" for h in (hindrance(recipe, platform) for platform in platforms) if h]
-    for platform in platforms:
-        found += _multiples(recipe, linears, platform)
-    limit = model["context_limit"]
-    if context and limit and context > limit:
-        found.append(f"a context of {context:,} is beyond the {limit:,} positions of this model")
-    found += _shared_scales(recipe, linears)
-    for platform in platforms:
-        found += _kernels(recipe, platform, concurrency)
-    if not any(linear.plan.scheme for linear in linears):
-        found.append("nothing is quantized: every linear is exempt")
-    if model["tied"]:
-        found.append("lm_head is tied to the embeddings, so it stays in BF16 and exempting it adds no bytes")
-    if recipe.needs_calibration and not text_given:
-        found.append("no text was given: the model writes its own calibration text; your own (--text) is better")
-    return found + _spellings(platforms)
+@dataclass(frozen=True)
+class Setting:
+    """All that notices go by."""
+
+    recipe: Recipe
+    linears: Sequence[Footprint]
+    model: dict[str, Any]
+    exemptions: Sequence[dict[str, Any]]
+    sizes: dict[str, Any]
+    memory: Sequence[dict[str, Any]]
+    platforms: Sequence[Platform]
+    levels: Sequence[int]
+    context: int | None
+    tp: int
+    text_given: bool
+
+    @property
+    def size(self) -> Model:
+        return Model(self.model["parameters"], self.tp)
 
 
-def _shared_scales(recipe: Recipe, linears: Sequence[Footprint]) -> list[str]:
-    sizes = sorted({p.scheme.group_size for p in (linear.plan for linear in linears) if p.scheme})
-    shared = [size for size in sizes if recipe.grid == "nvfp4" and size > NVFP4_BLOCK]
-    if not shared:
-        return []
-    blocks = " and ".join(str(size // NVFP4_BLOCK) for size in shared)
-    groups = " and ".join(map(str, shared))
-    return [
-        f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: group {groups} gives {blocks} neighbouring blocks "
-        f"the same scale, which saves no bytes and no time over group {NVFP4_BLOCK}, and loses quality"
-    ]
+def notices(at: Setting) -> list[Reason]:
+    """Every notice, one sentence each, the most important first."""
+    found: list[Reason] = []
+    for platform in at.platforms:
+        against = hindrance(at.recipe, platform)
+        found += [Reason("format", f"do not serve this on {against}", platform.name)] if against else []
+    found += [*_memory(at), *_parallel(at), *_experts(at)]
+    for platform in at.platforms:
+        found += fall_backs(at.recipe, at.linears, platform, at.tp)
+    found += [*_context(at), *_kernels(at), *_shared_scales(at), *_layers(at), *_calibration(at), *_grounds(at)]
+    return [*found, *_spellings(at.platforms)]
 
 
-def _multiples(recipe: Recipe, linears: Sequence[Footprint], platform: Platform) -> list[str]:
-    try:
-        support = platform.support(recipe.format, variant_of(recipe))
-    except KeyError:
-        return []
-    fused: dict[str, list[Footprint]] = {}
-    for linear in linears:
-        if linear.plan.scheme:
-            fused.setdefault(linear.plan.fused, []).append(linear)
-    odd = [
-        name
-        for name, group in fused.items()
-        if group[0].plan.in_features % support.in_multiple
-        or sum(linear.plan.out_features for linear in group) % support.out_multiple
-    ]
-    if not odd:
-        return []
-    return [
-        f"{platform.name}: its kernel wants inputs in multiples of {support.in_multiple} and outputs of "
-        f"{support.out_multiple}, which {odd[0]}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''} cannot give: "
-        "keep such linears in BF16 with ignore"
-    ]
-
-
-def _kernels(recipe: Recipe, platform: Platform, concurrency: int) -> list[str]:
-    table, best = speed_table(platform), best_speed(recipe, platform, concurrency)
-    if table is None or best is None:
-        return []
+def _memory(at: Setting) -> list[Reason]:
     found = []
-    row, gain = best
-    default = [r for r in table.rows_for(str(recipe.format), variant_of(recipe)) if not r.flags]
-    if row.flags and default:
-        slow = table.speedup(default[0], concurrency)
-        flags = " ".join(f"{flag} {value}" if value else flag for flag, value in row.flags.items())
-        at = table.nearest(concurrency)
-        found.append(
-            f"{platform.name}: serve with {flags} ({row.kernel}, measured {gain:.2f}× BF16 at concurrency {at}); "
-            f"without it vLLM takes {default[0].kernel}, {slow:.2f}×"
-        )
-    slower = [c for c, s in row.seconds.items() if s > table.baseline.seconds[c]]
-    if slower:
-        where = ", ".join(map(str, slower))
-        found.append(
-            f"{platform.name}: at concurrency {where} even {row.kernel} measured slower than BF16; "
-            "what is gained there is memory"
-        )
+    for row in at.memory:
+        if row["fits"] is False:
+            most = row["max_concurrency"]
+            way = f"{most:,} such sequences would" if most else "not even one sequence would: use more devices (--tp)"
+            text = f"{row['platform']}: {row['concurrency']} sequences of {row['context']:,} tokens do not fit; {way}"
+            found.append(Reason("memory", text, "strategy, Acceptance Criteria (no OOM at target concurrency)"))
     return found
 
 
-def _spellings(platforms: Sequence[Platform]) -> list[str]:
+def _parallel(at: Setting) -> list[Reason]:
+    odd = odd_widths(at.linears, at.tp)
+    if not odd:
+        return []
+    name, width, group = odd[0]
+    text = (
+        f"tensor parallel {at.tp}: {name} has {width} inputs on a rank, which groups of {group} do not divide"
+        f"{f' ({len(odd)} linears)' if len(odd) > 1 else ''}; vLLM refuses it: smaller group_size, or another --tp"
+    )
+    return [Reason("tensor-parallel", text, EVERY_FORMAT)]
+
+
+def _experts(at: Setting) -> list[Reason]:
+    moe = at.model["moe"]
+    if not moe:
+        return []
+    refused = f"halfbyte quantize does not support {at.model['family']} yet: this plan is of sizes, memory and kernels"
+    kernels = (
+        "which kernels serve experts was not looked at: the roofline counts the bytes of the experts that are read and "
+        "takes the kernels of plain linears"
+    )
+    found = [] if moe["supported"] else [Reason("moe", refused, HEADERS)]
+    return [*found, Reason("moe-kernels", kernels, "halfbyte")]
+
+
+def _context(at: Setting) -> list[Reason]:
+    found = []
+    limit = at.model["context_limit"]
+    if at.context and limit and at.context > limit:
+        text = f"a context of {at.context:,} is beyond the {limit:,} positions of this model"
+        found.append(Reason("context-limit", text, HEADERS))
+    rule = guide().long_context
+    for row in at.memory:
+        if row["kv_cache_dtype"] in KV_BYTES and row["context"] >= rule.tokens:
+            text = (
+                f"{row['platform']}: at {row['context']:,} tokens check the drift of the FP8 KV cache; "
+                "--kv-cache-dtype auto is the way back"
+            )
+            found.append(Reason("long-context", text, f"{rule.source}; {RISKS}"))
+    return found
+
+
+def _shared_scales(at: Setting) -> list[Reason]:
+    sizes = sorted({p.scheme.group_size for p in (linear.plan for linear in at.linears) if p.scheme})
+    shared = [size for size in sizes if at.recipe.grid == "nvfp4" and size > NVFP4_BLOCK]
+    if not shared:
+        return []
+    blocks = joined([str(size // NVFP4_BLOCK) for size in shared])
+    text = (
+        f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: group {joined([*map(str, shared)])} gives {blocks} "
+        f"neighbouring blocks the same scale, which saves no bytes and no time over group {NVFP4_BLOCK}, and loses "
+        "quality"
+    )
+    return [Reason("nvfp4-group", text, NVFP4_BLOCKS)]
+
+
+def _layers(at: Setting) -> list[Reason]:
+    found = []
+    if not any(linear.plan.scheme for linear in at.linears):
+        found.append(Reason("nothing", "nothing is quantized: every linear is exempt", HEADERS))
+    if at.model["tied"]:
+        text = "lm_head is tied to the embeddings, so it stays in BF16 and exempting it adds no bytes"
+        found.append(Reason("tied", text, EVERY_FORMAT))
+        for platform in at.platforms:
+            quirks = [quirk for quirk in facts_for(platform.vllm).quirks if quirk.id == "tied-modelopt"]
+            found += [
+                Reason("tied", f"{platform.name}: {quirk.text}: {quirk.do}", quirk.source)
+                for quirk in quirks
+                if at.recipe.format in quirk.formats
+            ]
+    rule = guide().over_exemption
+    added = sum(row["bytes_added"] for row in at.exemptions if row["names"] != ["lm_head"])
+    if added > rule.share * at.sizes["after"]:
+        share = added / at.sizes["after"]
+        text = (
+            f"what is kept in BF16 beside lm_head is {share:.0%} of the artifact: prefer o_proj and down_proj of the "
+            "boundary blocks to whole blocks"
+        )
+        found.append(Reason("over-exemption", text, f"{rule.source}; {POLICY}"))
+    if at.model["parameters"] < guide().small_model.parameters:
+        text = "a model this small loses more in 4 bits than the strategy's +5 % of perplexity: state a budget"
+        found.append(Reason("small-model", text, guide().small_model.source))
+    return found
+
+
+def _calibration(at: Setting) -> list[Reason]:
+    if not at.recipe.needs_calibration or at.text_given:
+        return []
+    rule = guide().calibration
+    if at.recipe.method == "nvfp4":
+        wanted = f"{rule.nvfp4_tokens[0]:,} to {rule.nvfp4_tokens[1]:,} tokens"
+    else:
+        wanted = f"{rule.sequences[0]} to {rule.sequences[1]} sequences of mixed lengths"
+    text = f"no text was given: the model writes its own calibration text; your own (--text) is better, {wanted}"
+    return [Reason("calibration", text, rule.source)]
+
+
+def _kernels(at: Setting) -> list[Reason]:
+    found = []
+    for platform in at.platforms:
+        table, level = speed_table(platform), max(at.levels)
+        best = best_speed(at.recipe, platform, level)
+        if table is None or best is None:
+            continue
+        row, gain = best
+        default = [r for r in table.rows_for(str(at.recipe.format), variant_of(at.recipe)) if not r.flags]
+        if row.flags and default:
+            slow, measured = table.speedup(default[0], level), table.nearest(level)
+            text = (
+                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
+                f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow:.2f}x"
+            )
+            found.append(Reason("kernel-flag", text, str(table.evidence)))
+        slower = [c for c in row.seconds if row.seconds[c] > table.baseline.seconds[c]]
+        if slower:
+            text = (
+                f"{platform.name}: at concurrency {joined([*map(str, slower)])} {row.kernel} measured slower than "
+                "BF16; what is gained there is memory"
+            )
+            found.append(Reason("slower", text, str(table.evidence)))
+    return found
+
+
+def _grounds(at: Setting) -> list[Reason]:
+    """What the figures stand on, where that is not a measurement of a model like this one."""
+    found = []
+    for platform in at.platforms:
+        notice = facts_for(platform.vllm).notice
+        found += [Reason("version", f"{platform.name}: {notice}", "vLLM facts")] if notice else []
+        table = speed_table(platform)
+        if table is None and platform.speed:
+            text = (
+                f"{platform.name}: nothing was measured that holds for vLLM {platform.vllm} "
+                f"(there is {platform.speed[0].vllm})"
+            )
+            found.append(Reason("no-evidence", text, "evidence files"))
+        elif table and not is_near(table, at.size):
+            other = table.model.name.split(",")[0] + (", on one device" if table.tensor_parallel == 1 < at.tp else "")
+            text = (
+                f"{platform.name}: kernels are ranked by a measurement of another size ({other}); "
+                "the gains are the roofline's"
+            )
+            found.append(Reason("far-evidence", text, guide().near.source))
+        if platform.roofline and platform.roofline.evidence.kind == "assumed":
+            text = f"{platform.name}: the roofline's efficiencies are assumed, since nothing was measured there"
+            found.append(Reason("assumed", text, f"{platform.name} data"))
+    return found
+
+
+def _spellings(platforms: Sequence[Platform]) -> list[Reason]:
     known = [facts_for(p.vllm).misnomers for p in platforms if p.capabilities.accelerator]
     wrong = {flag: value for misnomers in known for flag, value in misnomers.items() if flag.endswith("bf16")}
     if not wrong:
         return []
     spelled = ", ".join(f"{flag} as {value}" for flag, value in wrong.items())
-    return [f"the strategy's flags, as vLLM spells them: {spelled}; no --quantization, which vLLM reads from the files"]
+    text = f"the strategy's flags, as vLLM spells them: {spelled}; no --quantization, which vLLM reads from the files"
+    return [Reason("spelling", text, f"{CONFIGURATION}; vLLM facts, flags")]

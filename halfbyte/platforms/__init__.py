@@ -1,31 +1,47 @@
 """What each kind of hardware and each range of vLLM versions can do, as data with its evidence."""
 
+from halfbyte.platforms.base import Data, Evidence, version_tuple, within
+from halfbyte.platforms.evidence import load_evidence
 from halfbyte.platforms.loader import facts_for, list_platforms, load_platform
 from halfbyte.platforms.schema import (
+    Avoid,
     Capabilities,
-    Evidence,
+    Efficiency,
     FormatFacts,
     FormatSupport,
+    Kernel,
+    Pins,
     Platform,
     Quirk,
-    SpeedRow,
-    SpeedTable,
+    Roofline,
     VllmFacts,
-    version_tuple,
+    versions,
 )
+from halfbyte.platforms.speed import MeasuredModel, Prefill, SpeedRow, SpeedTable
 
 __all__ = [
+    "Avoid",
     "Capabilities",
+    "Data",
+    "Efficiency",
     "Evidence",
     "FormatFacts",
     "FormatSupport",
+    "Kernel",
+    "MeasuredModel",
+    "Pins",
     "Platform",
+    "Prefill",
     "Quirk",
+    "Roofline",
     "SpeedRow",
     "SpeedTable",
     "VllmFacts",
     "facts_for",
     "list_platforms",
+    "load_evidence",
     "load_platform",
     "version_tuple",
+    "versions",
+    "within",
 ]

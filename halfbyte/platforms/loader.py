@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Iterable
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
 from halfbyte.errors import UsageError
-from halfbyte.platforms.schema import Platform, Quirk, VllmFacts, version_tuple, within
+from halfbyte.platforms.base import version_tuple, within
+from halfbyte.platforms.evidence import load_evidence, parse_mapping, problems
+from halfbyte.platforms.schema import Platform, Quirk, VllmFacts
 
 FACTS = "vllm"
 
@@ -21,16 +25,58 @@ def list_platforms() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != f"{FACTS}.yaml")
 
 
+def load_platform(name: str, evidence: Iterable[Path] = ()) -> Platform:
+    """The platform of that name, in any case ("H100"), or of a YAML file of the user's own, with its speed evidence.
+
+    A file may say `like: NAME` and then states only what differs; speed evidence is not inherited, since it belongs to
+    a device. `evidence`: the user's evidence files and directories, beside halfbyte's own.
+    Raises UsageError that lists the known names, or says what is wrong with a file.
+    """
+    platform = _from_file(Path(name)) if _is_file(name) else _known(name)
+    tables = tuple(table for table in load_evidence(evidence) if table.device.casefold() == platform.name.casefold())
+    return platform.model_copy(update={"speed": tables})
+
+
 @functools.cache
-def load_platform(name: str) -> Platform:
-    """The platform of that name, in any case ("H100"). Raises UsageError that lists the known ones."""
+def _known(name: str) -> Platform:
     known = list_platforms()
     folded = name.strip().casefold()
     if folded not in known:
         close = difflib.get_close_matches(folded, known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? Known: " if close else "use "
-        raise UsageError(f"unknown platform {name!r}: {hint}{', '.join(known)}")
-    return Platform.model_validate(_read(folded))
+        raise UsageError(f"unknown platform {name!r}: {hint}{', '.join(known)}, or a YAML file")
+    return _validated(_read(folded), folded)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
+
+
+def _from_file(path: Path) -> Platform:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"platform {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return _validated(parse_mapping(text, f"platform {path}"), str(path))
+
+
+def _validated(tree: dict[str, Any], source: str) -> Platform:
+    base = tree.pop("like", None)
+    if base is not None:
+        tree = _merged(_known(str(base)).model_dump(mode="json", exclude={"speed"}), tree)
+    try:
+        return Platform.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(f"platform {source}: {problems(error)}") from None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mappings key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def facts_for(vllm_version: str | None = None) -> VllmFacts:
@@ -74,4 +120,4 @@ def _quirks() -> tuple[Quirk, ...]:
 
 def _read(name: str) -> dict[str, Any]:
     text = resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return {key: value for key, value in yaml.safe_load(text).items() if not key.startswith("x-")}
+    return parse_mapping(text, f"{name}.yaml")

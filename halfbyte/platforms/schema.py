@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import math
-import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Flags = dict[str, str | None]
-"""Command-line flags of `vllm serve`: name with its dashes -> value, or None for a switch."""
+from halfbyte.platforms.base import Data, Evidence, Flags, version_tuple, within
+from halfbyte.platforms.speed import SpeedTable
 
-
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+EVER = "999.0.0"
+"""A version that no release reaches: the end of what holds until further notice."""
 
 
-class Evidence(_Data):
-    """Where a claim comes from."""
-
-    kind: Literal["measured", "source"] = Field(
-        description="measured: it was run; source: read in vLLM's source or a data sheet"
-    )
-    vllm: str = Field("", description="the version it was seen in")
-    date: datetime.date = Field(description="the day it was recorded here")
-    shape: str = Field("", description="model shape and workload, where measured")
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}{', vLLM ' + self.vllm if self.vllm else ''}, {self.date}"
-
-
-class Capabilities(_Data):
+class Capabilities(Data):
     """What code may ask before it branches."""
 
     accelerator: bool = Field(description="a GPU, as opposed to the host's own processor")
@@ -43,19 +24,64 @@ class Capabilities(_Data):
     reports_weight_memory: bool = Field(description="vLLM's log says how much memory the weights take")
 
 
-class FormatSupport(_Data):
+class Kernel(Data):
+    """One kernel that vLLM may take for a linear, and what it asks of it."""
+
+    name: str
+    since: str = "0.0.0"
+    before: str = EVER
+    group_sizes: tuple[int, ...] = Field((), description="group sizes it takes (-1: one group a row); empty: any")
+    in_multiple: int = Field(1, ge=1, description="in_features (per tensor-parallel rank) must be a multiple of this")
+    out_multiple: int = Field(1, ge=1, description="out_features (fused, per rank) must be a multiple of this")
+    dtypes: tuple[str, ...] = Field((), description="activations it computes in; empty: any")
+
+    def refuses(self, in_features: int, out_features: int, group_size: int, dtype: str) -> str:
+        """Why a linear (per rank, group_size -1 for one group a row) is not for it; empty where it takes it."""
+        if self.group_sizes and group_size not in self.group_sizes:
+            return f"groups of {group_size}, and it takes {', '.join(map(str, self.group_sizes))}"
+        if in_features % self.in_multiple:
+            return f"{in_features} inputs are no multiple of {self.in_multiple}"
+        if out_features % self.out_multiple:
+            return f"{out_features} outputs are no multiple of {self.out_multiple}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"{dtype}, and it computes in {', '.join(self.dtypes)}"
+        return ""
+
+
+class Avoid(Data):
+    """A way of serving a format that works badly or not at all, and what to do instead."""
+
+    what: str
+    why: str
+    do: str
+    since: str = "0.0.0"
+    before: str = EVER
+    evidence: Evidence
+
+
+class FormatSupport(Data):
     """Whether and how vLLM serves one checkpoint format here."""
 
     loads: bool
     advised: bool = Field(True, description="False: it loads, but something else is better; `reason` says why")
     reason: str = ""
-    kernels: tuple[str, ...] = Field((), description="in the order in which vLLM tries them")
+    kernels: tuple[Kernel, ...] = Field((), description="in the order in which vLLM tries them; a name alone will do")
     in_multiple: int = Field(1, description="in_features (per tensor-parallel rank) must be a multiple of this")
     out_multiple: int = Field(1, description="out_features (per rank) must be a multiple of this")
     flags: Flags = Field(default_factory=dict, description="over the platform's own flags")
     env: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    avoid: tuple[Avoid, ...] = ()
     evidence: Evidence
+
+    def kernels_in(self, vllm: str) -> tuple[Kernel, ...]:
+        """The kernels of a vLLM version, in the order in which it tries them."""
+        return tuple(kernel for kernel in self.kernels if within(kernel.since, vllm, kernel.before))
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return [{"name": item} if isinstance(item, str) else item for item in value]
 
     @model_validator(mode="after")
     def _reasoned(self) -> FormatSupport:
@@ -64,54 +90,40 @@ class FormatSupport(_Data):
         return self
 
 
-class SpeedRow(_Data):
-    """One kernel's measured seconds. format "bf16" is the baseline."""
+class Efficiency(Data):
+    """The shares of the data sheet's peaks that a kernel reaches."""
 
-    kernel: str
-    format: str
-    variants: tuple[str, ...] = Field((), description="the declarations it was measured with or stands for; empty: any")
-    flags: Flags = Field(default_factory=dict, description="what makes vLLM take this kernel; empty: it does by itself")
-    weights_gib: float
-    seconds: dict[int, float] = Field(description="concurrency -> seconds for the whole batch")
-    prefill: float | None = Field(None, description="seconds for the table's prefill workload")
-    note: str = ""
+    memory: float = Field(gt=0, le=1, description="of the memory bandwidth, while it reads weights")
+    compute: float = Field(gt=0, le=1, description="of the dense BF16 peak")
 
 
-class SpeedTable(_Data):
-    """Kernels measured side by side in one run."""
+class Roofline(Data):
+    """The constants of the roofline model (halfbyte/plan/roofline.py) on this hardware."""
 
+    overhead_us: float = Field(ge=0, description="microseconds a block and step that no weight or key explains")
+    bf16: Efficiency
+    four_bit: Efficiency = Field(description="a 4-bit kernel that `kernels` does not name")
+    kernels: dict[str, dict[str, Efficiency]] = Field(default_factory=dict, description="by format and kernel")
     evidence: Evidence
-    since: str = Field(description="first vLLM version in which these kernels are chosen so")
-    before: str = Field(description="first version in which that is no longer so")
-    rows: tuple[SpeedRow, ...]
 
-    def covers(self, vllm: str) -> bool:
-        """Whether the kernel choices measured here hold for that version."""
-        return within(self.since, vllm, self.before)
-
-    def nearest(self, concurrency: int) -> int:
-        """The measured concurrency closest to the one asked for (as a ratio)."""
-        return min(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
-
-    @property
-    def baseline(self) -> SpeedRow:
-        return next(row for row in self.rows if row.format == "bf16")
-
-    def rows_for(self, format_name: str, variant: str | None = None) -> tuple[SpeedRow, ...]:
-        """The kernels that may serve a format (and its declared variant)."""
-        return tuple(
-            row
-            for row in self.rows
-            if row.format == format_name and (variant is None or not row.variants or variant in row.variants)
-        )
-
-    def speedup(self, row: SpeedRow, concurrency: int) -> float:
-        """How many times faster than BF16 at the nearest measured concurrency (below 1: slower)."""
-        at = self.nearest(concurrency)
-        return self.baseline.seconds[at] / row.seconds[at]
+    def efficiency(self, format_name: str, kernel: str) -> Efficiency:
+        """What a kernel reaches with that format ("bf16": the baseline)."""
+        if format_name == "bf16":
+            return self.bf16
+        return self.kernels.get(format_name, {}).get(kernel, self.four_bit)
 
 
-class Platform(_Data):
+class Pins(Data):
+    """Versions that are known to go together here."""
+
+    since: str = Field(description="oldest vLLM that the data of this platform speaks of")
+    before: str = Field(description="first vLLM that it no longer speaks of")
+    runtime: str = Field("", description="CUDA, ROCm or what stands in their place")
+    note: str = ""
+    evidence: Evidence
+
+
+class Platform(Data):
     """One kind of hardware. `vllm` is the version that its evidence was taken on, assumed where none is known."""
 
     name: str
@@ -131,7 +143,12 @@ class Platform(_Data):
     formats: dict[str, FormatSupport] = Field(
         description='by "format" or "format/variant"; "bf16" is the unquantized model'
     )
-    speed: tuple[SpeedTable, ...] = ()
+    roofline: Roofline | None = Field(None, description="None: no roofline figure is given here")
+    overhead_gib: float = Field(
+        0, ge=0, description="device memory beside weights, KV cache and activations (context, graphs): an estimate"
+    )
+    pins: Pins | None = None
+    speed: tuple[SpeedTable, ...] = Field((), description="filled from evidence files, newest first")
 
     def support(self, format_name: str | None, variant: str | None = None) -> FormatSupport:
         """How this platform serves a format; None is BF16. Without a variant: the default one.
@@ -149,7 +166,7 @@ class Platform(_Data):
         return next((key.removeprefix(prefix) for key in self.formats if key.startswith(prefix)), None)
 
 
-class FormatFacts(_Data):
+class FormatFacts(Data):
     """What vLLM's loader of one format accepts, whatever the hardware."""
 
     methods: tuple[str, ...] = Field(description="names that --quantization knows for it")
@@ -159,19 +176,24 @@ class FormatFacts(_Data):
     needs: tuple[str, ...] = Field((), description="what the file must be, in words")
 
 
-class Quirk(_Data):
+class Quirk(Data):
     """Something that surprises, and what to do."""
 
     id: str
     since: str = "0.0.0"
-    before: str = "999.0.0"
+    before: str = EVER
     formats: tuple[str, ...] = Field((), description="empty: every format")
     text: str
     do: str = ""
     evidence: Literal["measured", "source"]
 
+    @property
+    def source(self) -> str:
+        """The fact, its range and how it is known, in a few words."""
+        return f"vLLM fact {self.id}, {versions(self.since, self.before)} ({self.evidence})"
 
-class VllmFacts(_Data):
+
+class VllmFacts(Data):
     """Facts of a range of vLLM versions: since <= version < before."""
 
     since: str
@@ -183,6 +205,8 @@ class VllmFacts(_Data):
     misnomers: dict[str, str] = Field(
         description='spellings that users write and vLLM refuses, as "--flag value" -> value'
     )
+    gpu_memory_utilization: float = Field(description="share of a device's memory that vLLM takes by default")
+    step_tokens: int = Field(description="--max-num-batched-tokens by default, of a server on a large GPU")
     weights_track: bool = Field(description='--model-loader-extra-config knows "enable_weights_track"')
     formats: dict[str, FormatFacts]
     kernel_group_sizes: dict[str, tuple[int, ...]]
@@ -190,17 +214,10 @@ class VllmFacts(_Data):
     notice: str = Field("", description="set by facts_for when the version asked for lies outside every known range")
 
 
-def within(since: str, version: str, before: str) -> bool:
-    """since <= version < before."""
-    return version_tuple(since) <= version_tuple(version) < version_tuple(before)
-
-
-def version_tuple(version: str) -> tuple[int, int, int]:
-    """(major, minor, patch) of "0.32.0+cpu" or "0.26"; pre-release and build marks are left out.
-
-    Raises ValueError where no version can be read.
-    """
-    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
-    if not match:
-        raise ValueError(f"{version!r} is no version")
-    return int(match[1]), int(match[2]), int(match[3] or 0)
+def versions(since: str, before: str) -> str:
+    """A range of versions in words: `vLLM before 0.32.0`, `vLLM 0.26 and later`."""
+    first = "" if version_tuple(since) == (0, 0, 0) else since
+    last = "" if before == EVER else before
+    if first and last:
+        return f"vLLM {first} to before {last}"
+    return f"vLLM before {last}" if last else f"vLLM {first} and later" if first else "every vLLM seen"

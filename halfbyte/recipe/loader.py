@@ -43,6 +43,16 @@ def recipe_from_mapping(tree: Mapping[str, Any], source: str) -> Recipe:
         raise UsageError(f"{source}: {_one_line(error)}") from None
 
 
+def read_tree(name_or_path: str) -> dict[str, Any]:
+    """The keys of that preset or YAML file as they were written, for a caller that adds its own."""
+    return _read(name_or_path)
+
+
+def check_keys(tree: Mapping[Any, Any], source: str) -> None:
+    """Raise UsageError, with the nearest known one, for a key that no recipe has."""
+    _check_keys(Recipe, tree, source)
+
+
 def list_presets() -> list[tuple[str, str, Recipe]]:
     """(name, description, recipe) of every preset, in the order of presets.yaml."""
     recipes = {name: recipe_from_mapping(tree, name) for name, tree in _presets().items()}

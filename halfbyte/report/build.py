@@ -13,6 +13,8 @@ from halfbyte.files import write_text
 from halfbyte.report.sources import read_sources
 from halfbyte.report.views import build_views
 
+MANIFEST = "halfbyte.json"
+SWEEP = "sweep.json"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 _INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])")
 
@@ -20,15 +22,28 @@ _INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])")
 def build_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html and report.md into `run_dir` from the result files there; returns both paths.
 
+    An artifact's own directory stays as it is: its report goes beside it, as NAME-report.html and NAME-report.md.
     Reads result files only, so that it can be made again at any time. What a file does not say stands there as
     not measured. Raises UsageError when the directory holds no results.
     """
     run_dir = Path(run_dir)
+    if (run_dir / SWEEP).is_file():
+        from halfbyte.report.sweep import build_sweep_report
+
+        return build_sweep_report(run_dir)
     views = build_views(read_sources(run_dir))
-    page, plain = run_dir / "report.html", run_dir / "report.md"
-    write_text(page, _html_environment().get_template("report.html.j2").render(views, style=_style()))
-    write_text(plain, _markdown_environment().get_template("report.md.j2").render(views))
+    page, plain = _places(run_dir)
+    write_text(page, html_environment().get_template("report.html.j2").render(views, style=style()))
+    write_text(plain, markdown_environment().get_template("report.md.j2").render(views))
     return page, plain
+
+
+def _places(directory: Path) -> tuple[Path, Path]:
+    if not (directory / MANIFEST).is_file():
+        return directory / "report.html", directory / "report.md"
+    whole = directory.resolve()
+    beside = directory.parent if directory.name == whole.name else whole.parent
+    return beside / f"{whole.name}-report.html", beside / f"{whole.name}-report.md"
 
 
 def escape_markdown(value: object) -> str:
@@ -45,11 +60,11 @@ def fence(value: object) -> str:
     return f"{ticks}\n{body}\n{ticks}"
 
 
-def _html_environment() -> jinja2.Environment:
+def html_environment() -> jinja2.Environment:
     return jinja2.Environment(loader=_Templates(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)
 
 
-def _markdown_environment() -> jinja2.Environment:
+def markdown_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=_Templates(), autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -62,7 +77,7 @@ class _Templates(jinja2.BaseLoader):
         return _resource(template), template, None
 
 
-def _style() -> Markup:
+def style() -> Markup:
     return Markup(_resource("style.css").strip())
 
 

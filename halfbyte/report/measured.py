@@ -93,9 +93,11 @@ def _fidelity_notes(evaluation: dict[str, Any], floor: dict[str, Any]) -> list[s
     if tokens is not None:
         known = None not in (windows, window, stride)
         cut = f", {windows:,.0f} windows of {window:,.0f}, stride {stride:,.0f}" if known else ""
-        notes.append(f"Measured on {tokens:,.0f} tokens of {text(source.get('source'))}{cut}.")
+        own = evaluation.get("self_generated")
+        of = "that the BF16 model wrote itself" if own else f"of {text(source.get('source'))}"
+        notes.append(f"Measured on {tokens:,.0f} tokens {of}{cut}.")
     if evaluation.get("self_generated"):
-        notes.append("The BF16 model wrote this text, so the log-likelihood lost on it estimates the KL divergence.")
+        notes.append("On a model's own text the log-likelihood lost estimates the KL divergence.")
     if floor:
         how = text(floor.get("how"), "BF16 measured against itself")
         notes.append(f"Noise floor: {how}. A difference no larger than it means nothing.")

@@ -60,6 +60,7 @@ def _model_name(sources: Sources) -> str:
         dig(sources.manifest, "model", "name"),
         sources.manifest.get("model"),
         sources.evaluation.get("baseline"),
+        dig(sources.plan, "model", "name"),
         dig(sources.plan, "model", "path"),
     )
     name = next((value for value in named if isinstance(value, str) and value), sources.run.name)

@@ -44,6 +44,24 @@ def test_results_are_told():
     assert "Accepted" in card and "4.36 bits" in card
 
 
+def test_text_is_named_in_words():
+    own = {"source": {"kind": "self-generated", "opening": "bos"}, "tokens": 12697}
+    card = model_card({**files.manifest(), "calibration": own}, files.evaluation())
+    assert "Measured on 20,440 tokens that the base model wrote itself." in card
+    assert "- calibration: 12,697 tokens that the base model wrote itself" in card
+    given = {"source": {"kind": "text", "files": [{"file": "a.jsonl"}, {"file": "b.txt"}]}, "tokens": 65536}
+    text = {**files.evaluation(), "self_generated": False, "text": {"source": "c.txt", "tokens": 900}}
+    card = model_card({**files.manifest(), "calibration": given}, text)
+    assert "Measured on 900 tokens of c.txt." in card and "- calibration: 65,536 tokens of a.jsonl, b.txt" in card
+    assert "self-generated" not in card and "'kind'" not in card
+
+
+def test_commands_are_given_from_within_the_artifact():
+    card = model_card(files.manifest(), commands={"cpu": "vllm serve ."})
+    assert "In this directory" in card and "vllm serve ." in card
+    assert "In this directory" not in model_card(files.manifest())
+
+
 def test_what_is_missing_is_said():
     card = model_card({})
     assert "Not measured." in card and "Not yet served" in card and "fidelity was not measured" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from halfbyte.artifact.check import check_artifact
 from halfbyte.errors import UsageError
 from halfbyte.types import Quiet
 from tests.handmade import make_artifact, reseal, save_shards, write
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, make_tiny
 
 DOWN = "model.layers.0.mlp.down_proj"
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -84,7 +85,41 @@ def test_a_quantized_lm_head_passes_where_it_is_not_tied(tmp_path: Path) -> None
 def test_a_path_that_is_no_directory_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a directory"):
         check_artifact(tmp_path / "nothing")
-    assert codes(tmp_path) == {"config", "manifest", "index", "tokenizer"}
+
+
+def test_a_directory_that_is_no_artifact_is_one_line(tmp_path: Path) -> None:
+    """Not a heap of findings: nobody meant it as an artifact."""
+    empty, half, run = (tmp_path / name for name in ("empty", "half", "run"))
+    bf16 = make_tiny("llama", tmp_path / "bf16")
+    empty.mkdir()
+    (empty / "notes.txt").write_text("x")
+    (half / ".partial").mkdir(parents=True)
+    write(half / ".partial" / "work.json", {"work": "0"})
+    make_artifact(run / "model", "gptq", "int4_sym")
+    told = {
+        empty: "is no artifact",
+        bf16: "is not quantized",
+        half: "half-done",
+        run: f"its artifact is {run / 'model'}",
+    }
+    for directory, says in told.items():
+        with pytest.raises(UsageError, match=re.escape(says)) as caught:
+            check_artifact(directory)
+        assert str(caught.value).startswith(str(directory)) and "\n" not in str(caught.value)
+    assert check_artifact(run / "model")["ok"]
+
+
+def test_an_artifact_that_lost_a_file_is_still_one(tmp_path: Path) -> None:
+    make_artifact(tmp_path, "gptq", "int4_sym")
+    manifest, config = (tmp_path / name for name in ("halfbyte.json", "config.json"))
+    kept = manifest.read_text()
+    manifest.unlink()
+    assert codes(tmp_path) == {"manifest"}
+    config.write_text("{")
+    assert {"manifest", "config"} <= codes(tmp_path)
+    manifest.write_text(kept)
+    config.unlink()
+    assert {"config", "hash"} <= codes(tmp_path)
 
 
 def test_a_flipped_bit(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def complaints(words: list[str]) -> list[str]:
     """What a command line names that does not exist."""
     found = tool().commands()
     if words[0].startswith("-"):
-        return [] if words[0] in ("-h", "--help") else [f"no option {words[0]}"]
+        return [] if words[0] in ("-h", "--help", "--version") else [f"no option {words[0]}"]
     if words[0] not in found:
         return [f"no command {words[0]}"]
     mine = words[1 : words.index("--")] if "--" in words else words[1:]

@@ -16,7 +16,7 @@ import halfbyte.engine.block as block_module
 import halfbyte.engine.loop as loop_module
 from halfbyte.algo import Solved, Stats, dequantize
 from halfbyte.engine import BlockResult, Job, Skeleton, quantize_blocks, work_id
-from halfbyte.engine.collect import FIRST_TOKEN
+from halfbyte.engine.importance import Importance, first_token
 from halfbyte.engine.loop import HEAD, make_batches
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import FAMILIES as ARCHITECTURES
@@ -100,9 +100,7 @@ def test_blocks_give_the_models_own_hidden_states(family: str, model_of: Callabl
         for index in range(count):
             assert all(torch.equal(x, y) for x, y in zip(hidden, seen[f"model.layers.{index}"]))
             block = skeleton.load_block(index)
-            hidden = [
-                loop_module._call(block, x, arguments[tuple(ids.shape)][index]) for x, ids in zip(hidden, batches)
-            ]
+            hidden = [loop_module.call(block, x, arguments[tuple(ids.shape)][index]) for x, ids in zip(hidden, batches)]
             skeleton.drop_block(index)
             assert all(p.is_meta for p in block.parameters())
     assert all(torch.equal(x, y) for x, y in zip(hidden, seen["model.norm"]))
@@ -129,7 +127,7 @@ def test_padding_changes_no_kept_token(family: str, model_of: Callable[[str], Pa
         for index in range(skeleton.family.num_blocks):
             block = skeleton.load_block(index)
             hidden = [
-                loop_module._call(block, x, arguments[tuple(i.shape)][index]) for x, (i, _) in zip(hidden, batches)
+                loop_module.call(block, x, arguments[tuple(i.shape)][index]) for x, (i, _) in zip(hidden, batches)
             ]
     padded = 0
     for x, (ids, keep) in zip(hidden, batches):
@@ -174,18 +172,26 @@ def test_gram_statistics_are_those_of_the_model(
     groups = family_of(checkpoint.config).groups
     names = [f"model.layers.{i}.{n}" for i in kept for g in groups for n in g.names]
     seen = real_inputs(load(path), names, [ids for ids, _ in batches])
+    weights_of = first_token(Skeleton(checkpoint), data)
     for index, stats in kept.items():
         assert set(stats) == {"qkv", "o", "gate_up", "down"}
         for group in groups:
             for name in group.names:
                 parts, weights = [], []
                 for x, (ids, keep) in zip(seen[f"model.layers.{index}.{name}"], batches):
-                    weight = torch.ones(ids.shape, dtype=torch.float64)
-                    weight[:, 0] = FIRST_TOKEN
+                    weight = by_position(weights_of, (index, group.kind), ids.shape)
                     rows = slice(None) if keep is None else keep
                     parts.append(x.flatten(0, -2)[rows])
                     weights.append(weight.flatten()[rows])
                 same(stats[group.kind], torch.cat(parts).double(), torch.cat(weights))
+
+
+def by_position(importance: Importance, key: tuple[int, str], shape: tuple[int, ...]) -> torch.Tensor:
+    """How often every token of a batch [B, T] counts, float64."""
+    assert importance.first[key] not in (1.0, 0.0)
+    out = torch.ones(shape, dtype=torch.float64)
+    out[:, 0] = importance.first[key]
+    return out
 
 
 def same(stats: Stats, X: torch.Tensor, weights: torch.Tensor) -> None:
@@ -454,8 +460,7 @@ def test_propagation_sees_the_quantized_blocks(
                 model.get_parameter(name).copy_(value)
     name = "model.layers.2.self_attn.q_proj"
     X = torch.cat(real_inputs(model, [name], [torch.stack(data)])[name]).double()
-    weight = torch.ones(X.shape[:2], dtype=torch.float64)
-    weight[:, 0] = FIRST_TOKEN
+    weight = by_position(first_token(Skeleton(Checkpoint(path)), data), (2, "qkv"), X.shape[:2])
     moment = (X.square() * weight[..., None]).flatten(0, 1).sum(0) / weight.sum()
     assert torch.allclose(kept["behind"][2]["qkv"].second_moment_I.double(), moment, rtol=1e-4)
     assert not torch.allclose(kept["plain"][2]["qkv"].second_moment_I.double(), moment, rtol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -145,6 +146,65 @@ def test_a_lock_is_let_go_of_after_a_failure(tmp_path: Path) -> None:
         raise RuntimeError
     with locked(tmp_path):
         pass
+
+
+def test_a_failure_leaves_no_directory_that_was_not_there(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for place in (tmp_path / "a" / "b", tmp_path / "old", tmp_path / "old" / "new"):
+        with pytest.raises(RuntimeError), locked(place):
+            raise RuntimeError
+    assert [p.name for p in tmp_path.rglob("*")] == ["old"]
+    with pytest.raises(RuntimeError), locked(tmp_path / "c" / "d"):
+        (tmp_path / "c" / "d" / "work").write_text("kept")
+        raise RuntimeError
+    assert (tmp_path / "c" / "d" / "work").read_text() == "kept"
+
+
+def test_a_directory_that_went_away_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, flock, taken = tmp_path / "d", fcntl.flock, [0]
+
+    def late(handle: int, how: int) -> None:
+        if not taken[0]:
+            place.rmdir()
+        taken[0] += 1
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(place):
+        assert place.is_dir() and taken == [2]
+        with pytest.raises(HalfbyteError, match="in use"), locked(place):
+            raise AssertionError("two holders")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_one_line(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(code, os.strerror(code))))
+    with pytest.raises(HalfbyteError, match="choose an -o on a local disk") as caught, locked(tmp_path / "d"):
+        raise AssertionError("not held")
+    assert "\n" not in str(caught.value) and str(tmp_path / "d") in str(caught.value)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/data/models/mine", "mine"),
+        ("models/mine", "models/mine"),
+        ("../mine", "../mine"),
+        ("org/model", "org/model"),
+        ("/", "/"),
+    ],
+)
+def test_results_name_no_absolute_place(place: str, name: str) -> None:
+    assert files.portable(place) == files.portable(Path(place)) == name
+
+
+def test_a_place_seen_from_another(tmp_path: Path) -> None:
+    assert files.seen_from(tmp_path / "runs" / "a", tmp_path / "models" / "m") == "../../models/m"
+    assert files.seen_from(tmp_path, tmp_path) == "."
+    assert files.seen_from(Path("/out/a"), Path("/models/m")) is None
 
 
 def test_another_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:

@@ -117,3 +117,15 @@ def test_a_served_gate_is_not_passed_by_not_serving():
     assert result["verdict"] == "incomplete" and "no vLLM was found" in result["gates"][1]["text"]
     served = {"status": "served", "passed": True, "relative_difference": -0.001}
     assert judge(["served"], good, served=served)["verdict"] == "accepted"
+
+
+def test_a_rejection_says_what_is_known_of_the_files():
+    measured = evaluation(ppl_ratio=(1.2, 1.19, 1.21))
+    sound = {"ok": True, "tensors": 9}
+    served = {"status": "served", "passed": True, "relative_difference": 0.001}
+    both = judge(["ppl=+5%"], measured, check=sound, served=served)["text"]
+    assert "The artifact is sound and vLLM computes what it says, but it loses more than the budget" in both
+    unserved = {"status": "not served", "reason": "no vLLM was found"}
+    for other in (None, unserved):
+        assert "The artifact is sound, but it loses" in judge(["ppl=+5%"], measured, check=sound, served=other)["text"]
+    assert "The artifact was not checked, and it loses" in judge(["ppl=+5%"], measured)["text"]

@@ -1,9 +1,21 @@
 """The platform and vLLM data: complete, coherent, and found by name and version."""
 
+import json
+
 import pytest
+import yaml
 
 from halfbyte.errors import UsageError
-from halfbyte.platforms import FormatSupport, facts_for, list_platforms, load_platform, version_tuple
+from halfbyte.platforms import (
+    FormatSupport,
+    SpeedTable,
+    facts_for,
+    list_platforms,
+    load_evidence,
+    load_platform,
+    version_tuple,
+    versions,
+)
 from halfbyte.recipe.schema import GROUP_SIZES
 
 FORMATS = {
@@ -112,3 +124,104 @@ def test_version_tuple():
     assert version_tuple("v0.26") == (0, 26, 0)
     with pytest.raises(ValueError, match="no version"):
         version_tuple("main")
+
+
+OWN = """
+schema: 1
+kind: speed
+measured: true
+device: h100
+vllm: 0.26.1
+date: 2027-01-02
+model: {name: mine, parameters: 8000000000}
+prompt_tokens: 128
+output_tokens: 128
+rows:
+  - {kernel: BF16, format: bf16, weights_gib: 15, seconds: {1: 1.0, 64: 1.0}}
+  - {kernel: Machete, format: gptq, weights_gib: 5, seconds: {1: 0.5, 64: 0.5}}
+  - {kernel: Marlin, format: modelopt, weights_gib: 5, seconds: {1: 0.9, 64: 0.9}}
+"""
+
+
+def test_the_users_evidence_comes_first_when_it_is_newer(tmp_path):
+    (tmp_path / "a.yaml").write_text(OWN)
+    (tmp_path / "b.json").write_text(json.dumps(yaml.safe_load(OWN.replace("2027", "2020")), default=str))
+    (tmp_path / "notes.txt").write_text("not evidence")
+    dates = [str(table.date) for table in load_platform("h100", [tmp_path]).speed]
+    assert dates == ["2027-01-02", "2026-11-24", "2020-01-02"]
+    assert len(load_platform("h100", [tmp_path / "a.yaml"]).speed) == 2
+    assert load_platform("mi325x", [tmp_path]).speed == ()
+    assert len(load_evidence([tmp_path / "nowhere"])) == len(load_evidence()) == 1
+    (table,) = [t for t in load_evidence([tmp_path]) if t.model.name == "mine" and t.date.year == 2027]
+    assert (table.since, table.before) == ("0.26", "0.27") and table.covers("0.26.9") and not table.covers("0.27")
+    assert SpeedTable.model_validate(json.loads(table.model_dump_json(by_alias=True))) == table
+
+
+def test_the_users_evidence_changes_the_choice(tmp_path):
+    from halfbyte.plan import choose
+
+    (tmp_path / "a.yaml").write_text(OWN)
+    assert choose([4096], [load_platform("h100")], [64]).recipe.method == "nvfp4"
+    decision = choose([4096], [load_platform("h100", [tmp_path])], [64])
+    assert decision.recipe.method == "gptq" and "2.00x" in decision.reasons[0].text
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (("measured: true", "measured: false"), "measured"),
+        (("seconds: {1: 0.5, 64: 0.5}", "seconds: {1: 0.5}"), "not measured at the concurrencies of the baseline"),
+        (("format: bf16", "format: awq"), "bf16 exactly once"),
+        (("0.5, 64", "-1, 64"), "all above 0"),
+        (("device: h100", "device: h100\nspeed: fast"), "speed"),
+        (("vllm: 0.26.1", 'vllm: 0.26.1\nsince: "0.30"'), "lies outside"),
+        (("kind: speed", "kind: [speed"), "not valid YAML or JSON"),
+        (("vllm: 0.26.1", "vllm: newest"), "no version"),
+    ],
+)
+def test_broken_evidence_is_one_line(tmp_path, change, says):
+    (tmp_path / "a.yaml").write_text(OWN.replace(*change))
+    with pytest.raises(UsageError, match=says) as raised:
+        load_evidence([tmp_path])
+    assert "a.yaml" in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_evidence([tmp_path / "missing.yaml"])
+
+
+def test_a_platform_of_the_users_own(tmp_path):
+    from halfbyte.plan import choose
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("like: h100\nname: mine\nmemory_gib: 141\nbandwidth_gbs: 4800\ncapabilities: {fp4_gemm: true}\n")
+    mine, base = load_platform(str(file)), load_platform("h100")
+    assert (mine.name, mine.memory_gib, mine.capabilities.fp4_gemm) == ("mine", 141, True)
+    assert mine.formats == base.formats and mine.capabilities.fp8_kv and mine.speed == ()
+    for version, activations in (("0.26.0", "fp4"), ("0.32.0", "bf16")):
+        one = mine.model_copy(update={"vllm": version})
+        assert choose([4096], [one], [64]).recipe.activations == activations, "what the data warns of is not declared"
+    file.write_text("like: h100\nname: mine\nbandwith_gbs: 1\n")
+    with pytest.raises(UsageError, match="bandwith_gbs"):
+        load_platform(str(file))
+    with pytest.raises(UsageError, match=r"nowhere.yaml cannot be read"):
+        load_platform(str(tmp_path / "nowhere.yaml"))
+    file.write_text("like: h99\nname: mine\n")
+    with pytest.raises(UsageError, match="unknown platform 'h99'"):
+        load_platform(str(file))
+
+
+def test_kernels_follow_the_version():
+    support = load_platform("h100").support("gptq")
+    assert [k.name for k in support.kernels_in("0.26.0")] == ["Machete", "Marlin"]
+    assert [k.name for k in support.kernels_in("0.32.0")] == ["Machete", "Humming"]
+    machete = support.kernels[0]
+    assert machete.refuses(4096, 4096, 128, "bfloat16") == ""
+    assert "groups of 32" in machete.refuses(4096, 4096, 32, "bfloat16")
+    assert "96 inputs" in machete.refuses(96, 128, -1, "bfloat16")
+    exllama = load_platform("mi325x").support("gptq").kernels[-1]
+    assert "bfloat16" in exllama.refuses(64, 64, 64, "bfloat16")
+
+
+def test_ranges_in_words():
+    assert versions("0.0.0", "0.32.0") == "vLLM before 0.32.0"
+    assert versions("0.27.0", "999.0.0") == "vLLM 0.27.0 and later"
+    assert facts_for("0.26.0").quirks[0].source.startswith("vLLM fact tied-lm-head, every vLLM seen")

@@ -123,9 +123,22 @@ def test_a_missing_result_is_said_and_never_a_crash(tmp_path, missing):
 
 
 def test_an_artifact_alone(tmp_path):
-    (tmp_path / "halfbyte.json").write_text(json.dumps(files.manifest()))
-    page, _ = build(tmp_path)
+    """Its report goes beside it: the artifact stays what was written and hashed."""
+    artifact = tmp_path / "mine"
+    artifact.mkdir()
+    (artifact / "halfbyte.json").write_text(json.dumps(files.manifest()))
+    assert build_report(artifact) == (tmp_path / "mine-report.html", tmp_path / "mine-report.md")
+    page, _ = build(artifact)
     assert "17.4%" in page.text and "Not judged" in page.text
+    assert [p.name for p in artifact.iterdir()] == ["halfbyte.json"]
+
+
+def test_the_text_is_named_in_words(tmp_path):
+    run = files.write_run(tmp_path)
+    assert "20,440 tokens that the BF16 model wrote itself, 40 windows" in build(run)[1]
+    given = {**files.evaluation(), "self_generated": False}
+    (run / "eval.json").write_text(json.dumps({**given, "text": {**given["text"], "source": "c.txt"}}))
+    assert "20,440 tokens of c.txt, 40 windows" in build(run)[1]
 
 
 @pytest.mark.parametrize(

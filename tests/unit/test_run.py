@@ -95,6 +95,12 @@ def test_end_to_end_without_vllm_and_again(model: Path, tmp_path: Path, run: Any
     assert "not served" in page and "not served" in (out / "report.md").read_text().lower()
     assert "base_model_relation: quantized" in card and "vllm serve" in (out / "serve.sh").read_text()
     assert result["manifest"]["command"].startswith("halfbyte run")
+    assert result["plan"]["model"]["name"] == model.name and "path" not in result["plan"]["model"]
+    assert (
+        "vllm serve model " in page and "vllm serve ." in card and "vllm serve model " in (out / "serve.sh").read_text()
+    )
+    for name in sorted(FILES - {"calibration", "model"}) + ["model/halfbyte.json", "model/README.md"]:
+        assert str(tmp_path) not in (out / name).read_text() and str(model) not in (out / name).read_text(), name
     assert result["eval"]["self_generated"] and result["eval"]["metrics"]["ppl_ratio"]["value"] > 1
     calibrated, judged = read(out / "calibration" / "manifest.json")["sha256"], result["eval"]["text"]["sha256"]
     assert calibrated != judged, "judged on what it was calibrated on"
@@ -204,6 +210,7 @@ def test_a_vllm_that_is_there_is_asked(done: Path, tmp_path: Path, run: Any) -> 
     served = read(done / "served.json")
     assert result["fresh"] == ["served"] and served["status"] == "served" and served["vllm"] == VERSION
     assert not served["passed"] and served["relative_difference"] > 0.005 and "limit" in served
+    assert served["command"][:3] == ["vllm", "serve", "model"]
     assert result["gates"]["verdict"] == "rejected"
     assert run(done, *GENEROUS, "--vllm", fake, code=3)["fresh"] == []
 
@@ -221,7 +228,7 @@ def test_a_vllm_that_failed_is_asked_again(done: Path, tmp_path: Path, run: Any,
 def test_a_wrong_vllm_is_told_before_any_work(model: Path, tmp_path: Path, capsys: Any) -> None:
     words = ["run", model, "--on", "cpu", "-o", tmp_path / "run", "--vllm", tmp_path / "none"]
     assert halfbyte(*words) == 2
-    assert "does not exist" in capsys.readouterr().err and not (tmp_path / "run" / "plan.json").exists()
+    assert "does not exist" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_killed_anywhere_it_ends_with_the_same_figures(done: Path, model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""From cells to artifacts: equal cells found, one pass for all that is missing, every artifact written or linked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfbyte.artifact import ArtifactWriter, read_manifest, work_of
+from halfbyte.artifact.twin import link_twin
+from halfbyte.calibration import CalibrationSet
+from halfbyte.engine import work_id
+from halfbyte.experiments.cells import Cell, content_key
+from halfbyte.experiments.passes import SharedPass, Taker
+from halfbyte.experiments.quantize import cast_notices, manifest_facts
+from halfbyte.models import Checkpoint
+from halfbyte.types import Progress, Quiet
+
+
+@dataclass
+class Production:
+    """Makes the artifacts of `cells` (those that have not failed) in `place`/NAME.
+
+    model, path, matrix   as manifests name them
+    data                  each cell's calibration set, by its name
+    After `make`: seconds of statistics, solving and writing; how much was shared; whether these are the seconds of the
+    whole (`measured`), or an earlier start had done a part.
+    """
+
+    cells: Sequence[Cell]
+    data: Mapping[str, CalibrationSet]
+    checkpoint: Checkpoint
+    fingerprint: str
+    place: Path
+    model: str
+    path: Path
+    matrix: str
+    device: str
+    command: str | None
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "solving": 0.0, "writing": 0.0})
+    sharing: dict[str, int] = field(default_factory=dict)
+    measured: bool = False
+
+    def make(self) -> dict[str, dict[str, Any]]:
+        """The manifests of the artifacts by the cells' names; a cell that is not among them has its reason."""
+        takers = [Taker(cell, self._writer(cell)) for cell in self._leaders()]
+        self._quantize(takers)
+        manifests = {t.cell.name: made for t in takers if (made := self._finish(t)) is not None}
+        return manifests | self._twins(manifests)
+
+    def _leaders(self) -> list[Cell]:
+        """The cells that are made; the others with the same bytes follow one of them (a finished one, if there is)."""
+        groups: dict[tuple[Any, ...], list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(content_key(cell, self.data[cell.name].sha256), []).append(cell)
+        leaders = []
+        for group in groups.values():
+            leader = next((cell for cell in group if self._writer(cell).finished), group[0])
+            leaders.append(leader)
+            for cell in group:
+                cell.same_as = None if cell is leader else leader.name
+        self.sharing = {"cells": sum(map(len, groups.values())), "distinct": len(leaders)}
+        return sorted(leaders, key=list(self.cells).index)
+
+    def _work(self, cell: Cell) -> str:
+        assert cell.recipe is not None
+        return work_id(cell.recipe, self.fingerprint, self.data[cell.name].sha256)
+
+    def _writer(self, cell: Cell) -> ArtifactWriter:
+        assert cell.recipe is not None
+        return ArtifactWriter(self.place / cell.name, self.checkpoint, cell.recipe, cell.plans, self._work(cell))
+
+    def _quantize(self, takers: list[Taker]) -> None:
+        """Solve what is missing, one pass for each calibration set; apart from it, what collects other statistics:
+        round-to-nearest cells, and each recipe that propagates. So each cell has the bytes that it has alone."""
+        for taker in takers:
+            there = taker.writer.directory
+            taker.writer.open(there.exists() and work_of(there) != taker.writer.work)
+        groups: dict[tuple[Any, ...], list[Taker]] = {}
+        for taker in takers:
+            recipe = taker.cell.recipe
+            assert recipe is not None
+            alone = taker.cell.name if recipe.propagate else ""
+            gram = recipe.rounding == "gptq" or recipe.scaling == "awq"
+            groups.setdefault((self.data[taker.cell.name].sha256, gram, alone), []).append(taker)
+        cast_notices(self.checkpoint, takers[0].cell.plans, self.progress)
+        parts = distinct = solved = 0
+        whole = True
+        for group in groups.values():
+            data = self.data[group[0].cell.name]
+            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress)
+            whole = whole and not shared.resumed
+            if not shared.resumed:
+                for taker in group:
+                    taker.cell.seconds = {}
+            shared.run()
+            self.seconds["statistics"] += max(0.0, shared.total - shared.solving - shared.writing)
+            self.seconds["solving"] += shared.solving
+            self.seconds["writing"] += shared.writing
+            parts += sum(len(keys) for taker in group for keys in taker.parts.values())
+            distinct += len(shared.needed)
+            solved += shared.solved
+        self.sharing |= {"parts": parts, "distinct_parts": distinct, "solved": solved}
+        self.measured = whole
+
+    def _finish(self, taker: Taker) -> dict[str, Any] | None:
+        """The artifact of a cell whose blocks are all there; None where it failed."""
+        cell, writer = taker.cell, taker.writer
+        if cell.reason:
+            return None
+        if writer.finished:
+            return read_manifest(writer.directory)
+        started = time.monotonic()
+        assert cell.recipe is not None
+        self.progress.start(f"writing {cell.name}", 1)
+        data = self.data[cell.name]
+        place = writer.directory
+        facts = manifest_facts(
+            self.model, self.path, place, self.fingerprint, cell.recipe, data, self.device, self.command
+        )
+        told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans, Quiet())]
+        alone = self.seconds["statistics"] + sum(cell.seconds.values())
+        facts |= {"notices": told, "resumed": not self.measured, "seconds": round(alone, 3)}
+        try:
+            manifest = writer.finish({**facts, "sweep": {"matrix": self.matrix, "cell": cell.name}})
+        except Exception as error:
+            cell.fail("writing", error)
+            return None
+        finally:
+            took = time.monotonic() - started
+            cell.seconds["writing"] = cell.seconds.get("writing", 0.0) + took
+            self.seconds["writing"] += took
+        self.progress.advance()
+        return manifest
+
+    def _twins(self, manifests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The artifacts of the cells that have another's bytes; they fail with it."""
+        named = {cell.name: cell for cell in self.cells}
+        made = {}
+        for cell in self.cells:
+            if cell.same_as is None or cell.reason:
+                continue
+            leader = named[cell.same_as]
+            if leader.name not in manifests:
+                cell.fail(leader.stage, f"the same as {leader.name}: {leader.reason}")
+                continue
+            assert cell.recipe is not None
+            others = [n for n in manifests[leader.name]["notices"] if n not in leader.notices]
+            facts = {"notices": [*cell.notices, *others], "sweep": {"matrix": self.matrix, "cell": cell.name}}
+            facts["same_bytes_as"] = leader.name
+            try:
+                place, source = self.place / cell.name, self.place / leader.name
+                made[cell.name] = link_twin(source, place, cell.recipe, self._work(cell), facts)
+            except Exception as error:
+                cell.fail("writing", error)
+        return made

@@ -1,0 +1,49 @@
+"""What every data file of this room is made of: strict models, evidence, versions."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Flags = dict[str, str | None]
+"""Command-line flags of `vllm serve`: name with its dashes -> value, or None for a switch."""
+
+
+class Data(BaseModel):
+    """A piece of data that is complete as it is read: no unknown keys, no later change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Evidence(Data):
+    """Where a claim comes from."""
+
+    kind: Literal["measured", "source", "assumed"] = Field(
+        description="measured: it was run; source: read in vLLM's source or a data sheet; assumed: neither"
+    )
+    vllm: str = Field("", description="the version it was seen in")
+    date: datetime.date = Field(description="the day it was recorded here")
+    shape: str = Field("", description="model shape and workload, where measured")
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}{', vLLM ' + self.vllm if self.vllm else ''}, {self.date}"
+
+
+def within(since: str, version: str, before: str) -> bool:
+    """since <= version < before."""
+    return version_tuple(since) <= version_tuple(version) < version_tuple(before)
+
+
+def version_tuple(version: str) -> tuple[int, int, int]:
+    """(major, minor, patch) of "0.32.0+cpu" or "0.26"; pre-release and build marks are left out.
+
+    Raises ValueError where no version can be read.
+    """
+    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if not match:
+        raise ValueError(f"{version!r} is no version")
+    return int(match[1]), int(match[2]), int(match[3] or 0)

@@ -1,0 +1,122 @@
+"""The shape of a speed evidence file: kernels measured side by side in one run, on one device, one vLLM, one model."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from halfbyte.platforms.base import Data, Evidence, Flags, version_tuple, within
+
+
+class MeasuredModel(Data):
+    """The model that was measured: its name, and the sizes that say whether another one is near it."""
+
+    name: str
+    parameters: int = Field(gt=0, description="of the whole model; what decides whether another model is near")
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    blocks: int | None = None
+    vocab_size: int | None = None
+
+
+class Prefill(Data):
+    """A workload of prompts alone."""
+
+    prompts: int = Field(gt=0)
+    tokens: int = Field(gt=0, description="of each prompt")
+
+
+class SpeedRow(Data):
+    """One kernel's measured seconds. format "bf16" is the baseline."""
+
+    kernel: str
+    method: str = Field("", description="how the weights were made, where that is known: gptq, awq, nvfp4")
+    format: str
+    variants: tuple[str, ...] = Field((), description="the declarations it was measured with or stands for; empty: any")
+    group_size: int | None = None
+    flags: Flags = Field(default_factory=dict, description="what makes vLLM take this kernel; empty: it does by itself")
+    weights_gib: float = Field(gt=0)
+    seconds: dict[int, float] = Field(description="concurrency -> seconds for the whole batch")
+    prefill: float | None = Field(None, gt=0, description="seconds for the table's prefill workload")
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _positive(self) -> SpeedRow:
+        if not self.seconds or min(self.seconds) < 1 or not all(0 < s < math.inf for s in self.seconds.values()):
+            raise ValueError(f"{self.kernel}: seconds wants concurrency -> seconds, all above 0")
+        return self
+
+
+class SpeedTable(Data):
+    """An evidence file. `concurrency` sequences of `prompt_tokens` in and `output_tokens` out start at once."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["speed"]
+    measured: Literal[True] = Field(description="only what was run is evidence")
+    device: str = Field(description="a platform's name, as in `halfbyte ls platforms`")
+    hardware: str = Field("", description="the device as its driver calls it")
+    vllm: str = Field(description="the version it was measured on")
+    since: str = Field("", description="first version in which these kernels are chosen so; empty: that minor version")
+    before: str = Field("", description="first version in which that is no longer so; empty: the next minor version")
+    date: datetime.date
+    model: MeasuredModel
+    dtype: str = "bfloat16"
+    tensor_parallel: int = Field(1, ge=1)
+    prompt_tokens: int = Field(gt=0)
+    output_tokens: int = Field(gt=0)
+    prefill: Prefill | None = None
+    note: str = ""
+    rows: tuple[SpeedRow, ...]
+
+    @model_validator(mode="after")
+    def _comparable(self) -> SpeedTable:
+        major, minor, _ = version_tuple(self.vllm)
+        object.__setattr__(self, "since", self.since or f"{major}.{minor}")
+        object.__setattr__(self, "before", self.before or f"{major}.{minor + 1}")
+        if not within(self.since, self.vllm, self.before):
+            raise ValueError(f"vllm {self.vllm} lies outside since {self.since}, before {self.before}")
+        if sum(row.format == "bf16" for row in self.rows) != 1:
+            raise ValueError("rows wants the format bf16 exactly once: the baseline")
+        odd = [row.kernel for row in self.rows if set(row.seconds) != set(self.baseline.seconds)]
+        if odd:
+            raise ValueError(f"{odd[0]} was not measured at the concurrencies of the baseline")
+        return self
+
+    @property
+    def evidence(self) -> Evidence:
+        """The claim in one line, as other data states it."""
+        work = f"{self.prompt_tokens} tokens in and {self.output_tokens} out"
+        if self.tensor_parallel > 1:
+            work += f", tensor parallel {self.tensor_parallel}"
+        if self.prefill:
+            work += f"; prefill is {self.prefill.prompts} prompts of {self.prefill.tokens}"
+        shape = f"{self.model.name}, {work}"
+        return Evidence(kind="measured", vllm=self.vllm, date=self.date, shape=shape, note=self.note)
+
+    @property
+    def baseline(self) -> SpeedRow:
+        return next(row for row in self.rows if row.format == "bf16")
+
+    def covers(self, vllm: str) -> bool:
+        """Whether the kernel choices measured here hold for that version."""
+        return within(self.since, vllm, self.before)
+
+    def nearest(self, concurrency: int) -> int:
+        """The measured concurrency closest to the one asked for (as a ratio)."""
+        return min(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
+
+    def rows_for(self, format_name: str, variant: str | None = None) -> tuple[SpeedRow, ...]:
+        """The kernels that may serve a format (and its declared variant)."""
+        return tuple(
+            row
+            for row in self.rows
+            if row.format == format_name and (variant is None or not row.variants or variant in row.variants)
+        )
+
+    def speedup(self, row: SpeedRow, concurrency: int) -> float:
+        """How many times faster than BF16 at the nearest measured concurrency (below 1: slower)."""
+        at = self.nearest(concurrency)
+        return self.baseline.seconds[at] / row.seconds[at]

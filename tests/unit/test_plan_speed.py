@@ -1,0 +1,175 @@
+"""Speed: the roofline meets the measurements it was fitted to, evidence is near or far, and the verdicts follow."""
+
+import math
+
+import pytest
+
+from halfbyte.models import Checkpoint
+from halfbyte.plan import footprints, make_plan, render_plan
+from halfbyte.plan.memory import KVShape
+from halfbyte.plan.roofline import Load, Mass, Work, batch_seconds, work_of
+from halfbyte.plan.speed import Model, is_near, nearest_first
+from halfbyte.plan.strategy import disagreements, promise
+from halfbyte.platforms import load_platform
+from halfbyte.recipe.schema import Recipe
+from tests.unit.sparse import LLAMA_8B, LLAMA_70B, MIXTRAL, QWEN3_MOE, make_sparse
+
+H100, MI325X, CPU = (load_platform(name) for name in ("h100", "mi325x", "cpu"))
+(TABLE,) = H100.speed
+RECIPES = {
+    "gptq": Recipe.model_validate({"method": "gptq", "group_size": 128}),
+    "awq": Recipe.model_validate({"method": "awq", "group_size": 128}),
+    "modelopt": Recipe.model_validate({"method": "nvfp4", "group_size": 16}),
+}
+LEVELS = [1, 16, 64, 256]
+
+
+@pytest.fixture(scope="module")
+def of(tmp_path_factory):
+    return lambda config: Checkpoint(make_sparse(tmp_path_factory.mktemp("sparse"), config))
+
+
+@pytest.fixture(scope="module")
+def llama(of):
+    return of(LLAMA_8B)
+
+
+@pytest.mark.parametrize("row", TABLE.rows, ids=lambda row: f"{row.format}-{row.kernel}")
+def test_the_roofline_meets_what_it_was_fitted_to(llama, row):
+    prints = footprints(RECIPES.get(row.format, RECIPES["gptq"]), llama)
+    works = work_of(prints, 0, 32, 32, KVShape(8, 128, (None,) * 32), "auto")
+    work = works[1] if row.format == "bf16" else works[0]
+    kernel = H100.roofline.efficiency(row.format, row.kernel)
+    for level, seconds in row.seconds.items():
+        assert batch_seconds(work, H100, kernel, Load(level, 128, 128)) == pytest.approx(seconds, rel=0.1)
+    assert batch_seconds(work, H100, kernel, Load(16, 2048, 0)) == pytest.approx(row.prefill, rel=0.1)
+
+
+def test_a_step_by_hand():
+    platform = H100.model_copy(update={"bandwidth_gbs": 1000.0, "bf16_tflops": 100.0})
+    shares = platform.roofline.bf16.model_copy(update={"memory": 0.5, "compute": 0.5})
+    roofline = platform.roofline.model_copy(update={"overhead_us": 10, "bf16": shares})
+    platform = platform.model_copy(update={"roofline": roofline})
+    work = Work(
+        Mass(1e9, 2e9), Mass(3e9, 1.5e9), Mass(), Mass(), Mass(), 0, 0, 4, 8, KVShape(2, 64, (None,) * 4), "auto"
+    )
+    packed = 1e9 / 5e11 + 2 * 2e9 * 10 / 5e13
+    plain = max(3e9 / 5e11, 2 * 1.5e9 * 10 / 5e13)
+    cache = 10 * (2 * 2 * 64 * 2) * 4 * 100 / 5e11
+    step = packed + plain + cache + 4 * 10e-6
+    two, one = (batch_seconds(work, platform, shares, Load(10, 100, tokens)) for tokens in (0, 1))
+    assert one - two == pytest.approx(step)
+    assert batch_seconds(work, CPU, shares, Load(1, 1, 1)) is None
+
+
+def test_experts_that_a_step_reads():
+    work = Work(Mass(), Mass(), Mass(800.0, 1600.0), Mass(), Mass(), 8, 2, 1, 1, KVShape(1, 1, (None,)), "auto")
+    four, _ = work.read(1)
+    assert four.bytes == pytest.approx(200.0) and four.weights == pytest.approx(400.0)
+    assert work.read(2)[0].bytes == pytest.approx(800 * (1 - 0.75**2))
+    assert work.read(1000)[0].bytes == pytest.approx(800.0)
+
+
+def test_near_is_half_to_twice_the_size():
+    size = TABLE.model.parameters
+    assert is_near(TABLE, Model(size)) and is_near(TABLE, Model(2 * size)) and is_near(TABLE, Model(size // 2 + 1))
+    assert not is_near(TABLE, Model(size * 9)) and not is_near(TABLE, Model(size, tp=2))
+    far = TABLE.model_copy(update={"model": TABLE.model.model_copy(update={"parameters": 70 * 10**9})})
+    both = H100.model_copy(update={"speed": (far, TABLE)})
+    assert nearest_first(both, Model(size)).speed[0] is TABLE
+    assert nearest_first(both, Model(70 * 10**9)).speed[0] is far
+
+
+def test_measured_gains_are_those_of_the_table(llama):
+    plan = make_plan(llama, None, [H100], 8192, LEVELS)
+    served = {gain["concurrency"]: gain for gain in plan["speed"][0]["served"]}
+    assert {c: gain["gain"] for c, gain in served.items()} == {1: 1.70, 16: 1.57, 64: 1.25, 256: 0.95}
+    assert {gain["basis"] for gain in served.values()} == {"measured"}
+    assert served[1]["tokens_per_second"] == pytest.approx(128 / 0.494, abs=0.1)
+    assert all(gain["kernel"] == "Humming" and gain["flags"] == "--linear-backend humming" for gain in served.values())
+    (gain,) = plan["strategy"]["gain"]
+    assert (gain["holds"], gain["fails"], gain["slower"]) == ([1], [16, 64, 256], [256])
+    assert "holds at concurrency 1; does not hold at 16, 64, 256" in gain["text"]
+
+
+def test_a_concurrency_between_says_where_it_was_measured(llama):
+    served = make_plan(llama, None, [H100], 8192, [8, 4000])["speed"][0]["served"]
+    assert (served[0]["measured_at"], served[0]["basis"]) == (16, "measured")
+    assert (served[1]["measured_at"], served[1]["basis"]) == (None, "roofline")
+
+
+def test_another_size_or_version_gets_the_roofline(llama, of):
+    served = make_plan(of(LLAMA_70B), None, [H100], 4096, [1, 64], tp=2)["speed"][0]["served"]
+    assert {gain["basis"] for gain in served} == {"roofline"}
+    assert served[0]["gain"] > served[1]["gain"] > 0.5
+    later = H100.model_copy(update={"vllm": "0.32.0"})
+    plan = make_plan(llama, None, [later], 4096, [1, 64])
+    assert {gain["basis"] for gain in plan["speed"][0]["served"]} == {"roofline"}
+    assert any(w["rule"] == "no-evidence" and "0.32.0" in w["text"] for w in plan["warnings"])
+    assert plan["recipe"]["activations"] == "bf16", "no measurement asks for the other declaration there"
+
+
+def test_the_table_at_the_context_asked_for(llama):
+    plan = make_plan(llama, None, [H100, MI325X], 8192, LEVELS)
+    text = render_plan(plan, explain=True)
+    assert "The same at 8,192 tokens" in text and "1.58x m" in text
+    assert max(len(line) for line in text.splitlines()[1:]) <= 80
+    assert "The same at" not in render_plan(make_plan(llama, None, [H100], 512, LEVELS))
+    assert "m@16" in render_plan(make_plan(llama, None, [H100], 512, [8]))
+
+
+def test_no_peaks_no_figure(llama):
+    plan = make_plan(llama, None, [CPU])
+    assert all(gain["gain"] is None for gain in plan["speed"][0]["served"])
+    assert plan["strategy"]["gain"][0]["unknown"] == [8]
+    assert "bench before you rely on a gain" in " ".join(render_plan(plan).split())
+
+
+def test_strategy_and_evidence_disagree_and_both_are_shown(llama):
+    plan = make_plan(llama, None, [H100], 8192, LEVELS)
+    rows = {row["concurrency"]: row for row in plan["strategy"]["disagreements"]}
+    assert set(rows) == {16, 64, 256}
+    assert rows[256]["strategy"]["kernel"] == "Marlin" and rows[256]["strategy"]["gain"] == 0.62
+    assert [entry["gain"] for entry in rows[256]["evidence"]] == [1.06, 1.03, 0.95]
+    assert "GPTQ with Machete (1.03x)" in rows[256]["do"] and "--linear-backend humming" in rows[256]["do"]
+    assert all(row["near"] and "Decision Guide" in row["source"] for row in rows.values())
+    assert disagreements([H100, MI325X], list(RECIPES.values()), LEVELS, Model(8 * 10**9)) == []
+    text = " ".join(render_plan(plan).split())
+    assert "measured 0.62x BF16" in text and "does not hold at 16, 64, 256" in text
+
+
+def test_a_promise_counts_every_concurrency():
+    def gain(level, value, basis="measured"):
+        return {"concurrency": level, "gain": value, "basis": basis}
+
+    (row,) = promise([{"platform": "x", "served": [gain(1, 1.6), gain(2, 1.59), gain(4, None, None)]}], [1, 2, 4])
+    assert (row["holds"], row["fails"], row["unknown"]) == ([1], [2], [4])
+    (row,) = promise([{"platform": "x", "served": [gain(1, 2.0, "roofline")]}], [1])
+    assert row["text"].startswith("by the roofline holds")
+
+
+def test_mixtures_of_experts_are_planned(of):
+    mixtral = of(MIXTRAL)
+    plan = make_plan(mixtral, None, [H100, MI325X], 4096, [1, 64])
+    moe = plan["model"]["moe"]
+    assert (moe["experts"], moe["experts_per_token"], moe["routers"]) == (8, 2, 32)
+    assert moe["router_bytes"] == 32 * 8 * 4096 * 2
+    rows = {row["linear"]: row for row in plan["linears"]}
+    assert {rows[name]["count"] for name in ("w1", "w2", "w3")} == {32 * 8} and "gate" not in rows
+    in_experts = 32 * 8 * 3 * 4096 * 14336
+    assert sum(rows[name]["parameters"] for name in ("w1", "w2", "w3")) == in_experts
+    assert 46e9 < plan["model"]["parameters"] < 47e9
+    assert plan["bytes"]["after"] < 0.27 * plan["bytes"]["before"]
+    assert any("quantize does not support mixtral yet" in notice for notice in plan["notices"])
+    assert "8 experts a block" in render_plan(plan)
+    small = make_plan(of(QWEN3_MOE), None, [CPU])
+    assert small["model"]["moe"]["experts"] == 16
+    assert {row["linear"]: row["count"] for row in small["linears"]}["gate_proj"] == 2 * 16
+
+
+def test_predictions_are_finite(llama, of):
+    for config in (LLAMA_8B, MIXTRAL):
+        plan = make_plan(of(config), None, [H100, MI325X], 32768, [1, 7, 500])
+        for row in plan["speed"]:
+            for entry in row["rows"]:
+                assert all(math.isfinite(gain["gain"]) and gain["gain"] > 0 for gain in entry["gains"])
