@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ from halfbyte.models import Checkpoint, hash_file
 from halfbyte.models.checkpoint import read_header, read_json
 from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
+from halfbyte.types import QuantizedLinear, Scheme
 
 PARTIAL = ".partial"
+TUNED = "tuned"
 STATE = "work.json"
 SHARD_BYTES = 1 << 30
 """Largest shard; one shard is held in memory while it is written."""
@@ -54,6 +57,7 @@ class ArtifactWriter:
     def __init__(self, directory: Path, checkpoint: Checkpoint, recipe: Recipe, plans: list[LinearPlan], work: str):
         self.directory, self.checkpoint, self.recipe, self.plans, self.work = directory, checkpoint, recipe, plans, work
         self.partial = directory / PARTIAL
+        self._tuning: dict[str, Any] | None = None
         assert recipe.format is not None
         self.format: Format = get_format(recipe.format, recipe.activations)
 
@@ -121,6 +125,52 @@ class ArtifactWriter:
         """Keep a block that another writer keeps, as the same file: the same linears in the same format."""
         link_or_copy(other._file(block), self._file(block))
 
+    def block(self, block: int) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+        """A kept block, read back: its quantized linears and its other tensors, by full name."""
+        note, tensors = _read(self._file(block))
+        linears = {}
+        for name, row in note["linears"].items():
+            scheme = Scheme(**row["scheme"])
+            own = {n: tensors.pop(n) for n in list(tensors) if n.rpartition(".")[0] == name and not n.endswith(".bias")}
+            q = self.format.unpack(name, own, scheme)
+            ratio = scheme.group_size // q.group_size
+            shared = replace(q, scales=q.scales[:, ::ratio].contiguous(), group_size=scheme.group_size)
+            linears[name] = shared if ratio > 1 else q
+        return linears, tensors
+
+    @property
+    def tuned(self) -> bool:
+        """Whether what `tune` was given is kept."""
+        return (self.partial / TUNED).is_dir()
+
+    def tune(self, linears: dict[str, QuantizedLinear], tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+        """Keep new scales and tensors beside the blocks that they replace: all of them, or none after a kill.
+
+        note   goes into the manifest as "tuning"
+        """
+        aside = self.partial / f"{TUNED}{TEMPORARY}"
+        shutil.rmtree(aside, ignore_errors=True)
+        make_directory(aside)
+        left = dict(tensors)
+        for file in sorted(self.partial.glob("block-*.safetensors")):
+            told, old = _read(file)
+            if not linears:
+                break
+            for name in told["linears"]:
+                old |= self.format.pack(name, linears[name])
+                told["linears"][name] |= {"fingerprint": weight_fingerprint(dequantize(linears[name])), "tuned": True}
+            prefix = _block_of(next(iter(told["linears"])))
+            old |= {n: left.pop(n).cpu() for n in list(left) if n.startswith(prefix)}
+            write_tensors(aside / file.name, old, {"halfbyte": json.dumps(told, sort_keys=True)})
+        rest = json.dumps({"linears": {}, "seconds": 0.0, "notices": [], "tuning": note}, sort_keys=True)
+        write_tensors(aside / "rest.safetensors", {n: t.cpu() for n, t in left.items()}, {"halfbyte": rest})
+        aside.rename(self.partial / TUNED)
+
+    def _parts(self) -> list[Path]:
+        """The files that make the artifact: the blocks, or what they were tuned to."""
+        files = {p.name: p for d in (self.partial, self.partial / TUNED) for p in sorted(d.glob("*.safetensors"))}
+        return [files[name] for name in sorted(files)]
+
     def _file(self, block: int) -> Path:
         return self.partial / (f"block-{block:05d}.safetensors" if block >= 0 else "head.safetensors")
 
@@ -148,6 +198,7 @@ class ArtifactWriter:
             "git": git_commit(),
             "solving_seconds": round(solving, 3),
             "notices": [*facts.get("notices", []), *notices],
+            "tuning": self._tuning,
             **self._sizes(linears),
             "linears": linears,
             "files": self._hashes(),
@@ -160,13 +211,10 @@ class ArtifactWriter:
         """Every linear's report (BF16 ones with scheme null and the reason), the seconds spent solving, notices."""
         found: dict[str, Any] = {}
         seconds, notices = 0.0, list[str]()
-        for file in sorted(self.partial.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    note = json.loads(handle.metadata()["halfbyte"])
-            except (SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise HalfbyteError(f"{file} is damaged: delete it and run the same command again") from error
+        for file in self._parts():
+            note = _note(file)
             found |= note["linears"]
+            self._tuning = note.get("tuning", self._tuning)
             seconds += note["seconds"]
             notices += note["notices"]
         rows = {}
@@ -182,7 +230,7 @@ class ArtifactWriter:
 
     def _pieces(self) -> Iterator[tuple[str, int, Path]]:
         """(tensor name, bytes, file) of every tensor of the artifact, in the source model's order of names."""
-        kept = {n: i for f in sorted(self.partial.glob("*.safetensors")) for n, i in read_header(f).items()}
+        kept = {n: i for f in self._parts() for n, i in read_header(f).items()}
         replaced = {f"{p.name}.weight" for p in self.plans if p.scheme is not None}
         names = set(kept) | (set(self.checkpoint.tensors) - replaced)
         for name in sorted(names, key=_natural):
@@ -234,6 +282,27 @@ class ArtifactWriter:
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+
+
+def _note(file: Path) -> dict[str, Any]:
+    """What `emit` wrote beside a block's tensors."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            note: dict[str, Any] = json.loads(handle.metadata()["halfbyte"])
+            return note
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise HalfbyteError(f"{file} is damaged: delete it and run the same command again") from error
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    note = _note(file)
+    with safe_open(file, framework="pt") as handle:
+        return note, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  no mapping
+
+
+def _block_of(linear: str) -> str:
+    """model.layers.3. of model.layers.3.mlp.down_proj."""
+    return ".".join(linear.split(".")[:3]) + "."
 
 
 def _natural(name: str) -> list[Any]:

@@ -27,8 +27,9 @@ Loss = Callable[[torch.Tensor, slice], torch.Tensor]
 class Tape:
     """One batch on its way through the model: `kept` holds every block's input and last the final block's output."""
 
-    def __init__(self, skeleton: Skeleton, ids: torch.Tensor, load: Loader | None = None):
-        """Run tokens (int64 [B, T]) forward. `load` gives block i ready to run (default: the checkpoint's)."""
+    def __init__(self, skeleton: Skeleton, ids: torch.Tensor, load: Loader | None = None, keep: bool = True):
+        """Run tokens (int64 [B, T]) forward. `load` gives block i ready to run (default: the checkpoint's); without
+        `keep` the output alone is kept, and there is no way back."""
         self.skeleton, self.load = skeleton, load or skeleton.load_block
         (first,), arguments = skeleton.embed([ids])
         self.arguments = arguments[tuple(ids.shape)]
@@ -36,7 +37,8 @@ class Tape:
         with torch.no_grad():
             for index in range(len(skeleton.blocks)):
                 block = self.load(index)
-                self.kept.append(call(block, self.kept[-1], self.arguments[index]))
+                out = call(block, self.kept[-1], self.arguments[index])
+                self.kept = [*self.kept, out] if keep else [out]
                 skeleton.drop_block(index)
 
     @property

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ def _powers(
         tape = Tape(skeleton, ids)
         if not bool(tape.output.isfinite().all()):
             return {}
-        gradient, _ = tape.head(lambda logits, piece, keep=keep: _surprise(logits, generator, keep, piece))
+        gradient, _ = tape.head(partial(_surprise, generator=generator, keep=keep))
         watch = _Watch(skeleton.family.groups)
         tape.backward(gradient, watch)
         for key, power in watch.powers.items():
@@ -118,7 +119,7 @@ def _powers(
 
 
 def _surprise(
-    logits: torch.Tensor, generator: torch.Generator, keep: torch.Tensor | None, piece: slice
+    logits: torch.Tensor, piece: slice, generator: torch.Generator, keep: torch.Tensor | None
 ) -> torch.Tensor:
     """-log p(y), summed over the tokens kept, with every y drawn from the model's own distribution."""
     log_p = torch.log_softmax(logits, -1)

@@ -74,7 +74,11 @@ class Skeleton:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits, float32 [..., V], from the last block's output [..., D]."""
-        out = nn.functional.linear(self.normed(hidden), self._head_weight()).float()
+        return self.head(self.normed(hidden))
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """The logits, float32 [..., V], from the final norm's output [..., D]."""
+        out = nn.functional.linear(normed, self._head_weight()).float()
         cap = self.checkpoint.config.get("final_logit_softcapping")
         return torch.tanh(out / cap) * cap if cap else out
 
@@ -85,10 +89,16 @@ class Skeleton:
             self._head = self.checkpoint.load(f"{self.family.lm_head}.weight").to(self.device, self.dtype)
         return self._head
 
-    def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, in `dtype` on `device`."""
+    def load_block(self, index: int, given: dict[str, torch.Tensor] | None = None) -> nn.Module:
+        """Block `index` with its weights, in `dtype` on `device`; `given` ones (by name within the block) stand in for
+        the checkpoint's."""
         block = self.blocks[index]
-        self._fill(block, self.family.block(index) + ".")
+        prefix = self.family.block(index) + "."
+        if given is None:
+            self._fill(block, prefix)
+        else:
+            rest = {n: self.checkpoint.load(prefix + n) for n, _ in block.named_parameters() if n not in given}
+            self._fill(block, prefix, given | rest)
         return block
 
     def drop_block(self, index: int) -> None:

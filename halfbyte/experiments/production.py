@@ -14,7 +14,7 @@ from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import work_id
 from halfbyte.experiments.cells import Cell, content_key
 from halfbyte.experiments.passes import SharedPass, Taker
-from halfbyte.experiments.quantize import cast_notices, manifest_facts
+from halfbyte.experiments.quantize import cast_notices, manifest_facts, tune
 from halfbyte.models import Checkpoint
 from halfbyte.types import Progress, Quiet
 
@@ -75,7 +75,7 @@ class Production:
 
     def _quantize(self, takers: list[Taker]) -> None:
         """Solve what is missing, one pass for each calibration set; apart from it, what collects other statistics:
-        round-to-nearest cells, and each recipe that propagates. So each cell has the bytes that it has alone."""
+        cells of effort max, and each recipe that propagates. So each cell has the bytes that it has alone."""
         for taker in takers:
             there = taker.writer.directory
             taker.writer.open(there.exists() and work_of(there) != taker.writer.work)
@@ -84,8 +84,8 @@ class Production:
             recipe = taker.cell.recipe
             assert recipe is not None
             alone = taker.cell.name if recipe.propagate else ""
-            gram = recipe.rounding == "gptq" or recipe.scaling == "awq"
-            groups.setdefault((self.data[taker.cell.name].sha256, gram, alone), []).append(taker)
+            careful = recipe.effort == "max"
+            groups.setdefault((self.data[taker.cell.name].sha256, careful, alone), []).append(taker)
         cast_notices(self.checkpoint, takers[0].cell.plans, self.progress)
         parts = distinct = solved = 0
         whole = True
@@ -125,6 +125,7 @@ class Production:
         alone = self.seconds["statistics"] + sum(cell.seconds.values())
         facts |= {"notices": told, "resumed": not self.measured, "seconds": round(alone, 3)}
         try:
+            tune(writer, data, self.device, self.progress)
             manifest = writer.finish({**facts, "sweep": {"matrix": self.matrix, "cell": cell.name}})
         except Exception as error:
             cell.fail("writing", error)

@@ -14,7 +14,8 @@ import torch
 
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
-from halfbyte.engine import BlockResult, Job, quantize_blocks, work_id
+from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
+from halfbyte.engine.tune import EPOCHS
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
@@ -73,6 +74,7 @@ def quantize(
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             job = _job(writer, recipe)
             quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+            tune(writer, data, device, progress)
         except HalfbyteError:
             writer.abandon()
             raise
@@ -86,6 +88,25 @@ def quantize(
         manifest = writer.finish(facts)
         progress.advance()
         return manifest
+
+
+def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progress: Progress) -> None:
+    """Effort max with GPTQ rounding: train scales and norms of the blocks that `writer` keeps, once. What does not come
+    out better on the calibration tokens is left as it was."""
+    recipe = writer.recipe
+    if recipe.effort != "max" or recipe.rounding != "gptq" or data is None or writer.tuned:
+        return
+    done = Tuner(Skeleton(writer.checkpoint, device), writer.block, progress).run(
+        data.sequences, recipe.calibration.seed
+    )
+    better = done.after < done.before
+    if not better:
+        progress.say(
+            f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left as before"
+        )
+    note = {"kl_first_epoch": done.before, "kl_last_epoch": done.after, "epochs": EPOCHS, "kept": better}
+    kept = (done.linears, done.tensors) if better else ({}, {})
+    writer.tune(*kept, note)
 
 
 def manifest_facts(

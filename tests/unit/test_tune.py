@@ -1,0 +1,100 @@
+"""Training scales and norms: it lowers the divergence, keeps the codes, and leaves a whole artifact."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.artifact import check_artifact, load_fake_quantized, read_manifest
+from halfbyte.calibration import CalibrationSet
+from halfbyte.experiments.quantize import load_model, quantize
+from halfbyte.recipe.schema import Recipe
+from tests.tiny import FAMILIES, VOCAB, make_tiny
+
+GRIDS = {
+    "sym": {"method": "gptq", "group_size": 64},
+    "asym": {"method": "awq", "rounding": "gptq", "group_size": 64},
+    "nvfp4": {"method": "nvfp4", "group_size": 16},
+    "shared": {"method": "nvfp4", "group_size": 64},
+}
+
+
+def data(count: int = 24, length: int = 96) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(0)
+    sequences = list(torch.randint(5, VOCAB, (count, length), generator=generator))
+    return CalibrationSet.of(sequences, {"source": {"kind": "random"}})
+
+
+def divergence(directory: Path, model: Path, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        p = torch.log_softmax(load_model(model)(ids).logits.float(), -1)
+        q = torch.log_softmax(load_fake_quantized(directory)(ids).logits.float(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def made(model: Path, place: Path, effort: str, **settings: object) -> Path:
+    quantize(str(model), Recipe.model_validate({**settings, "effort": effort}), place, data())
+    return place
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_training_lowers_the_divergence_and_keeps_the_codes(
+    grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    place = made(model, tmp_path / "tuned", "max", **GRIDS[grid])
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.experiments.quantize.tune", lambda *_: None)
+        plain = made(model, tmp_path / "plain", "max", **GRIDS[grid])
+    assert check_artifact(place)["ok"]
+    tuning = read_manifest(place)["tuning"]
+    assert tuning["kept"] and tuning["kl_last_epoch"] < tuning["kl_first_epoch"]
+    assert read_manifest(plain)["tuning"] is None
+    ids = torch.stack(data().sequences)
+    assert divergence(place, model, ids) < divergence(plain, model, ids)
+    old, new = codes(plain), codes(place)
+    assert old.keys() == new.keys() and all(torch.equal(old[n], new[n]) for n in old)
+
+
+def codes(place: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(place / "model.safetensors")
+    return {n: t for n, t in tensors.items() if n.endswith(("qweight", "qzeros")) or t.dtype == torch.uint8}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_trained(family: str, tmp_path: Path) -> None:
+    model = make_tiny(family, tmp_path / "model")
+    place = made(model, tmp_path / "out", "max", method="gptq", group_size=64)
+    tuning = read_manifest(place)["tuning"]
+    assert tuning["kl_last_epoch"] < tuning["kl_first_epoch"]
+    assert check_artifact(place)["ok"]
+
+
+def test_a_kill_while_the_trained_blocks_are_kept_changes_nothing(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    whole = made(model, tmp_path / "whole", "max", **GRIDS["sym"])
+    data().save(tmp_path / "set")
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from halfbyte.experiments.quantize import quantize\n"
+        "from halfbyte.recipe.schema import Recipe\n"
+        "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "r = Recipe(method='gptq', group_size=64, effort='max')\n"
+        "quantize(sys.argv[1], r, sys.argv[2], [sys.argv[3]])\n"
+    )
+    words = [sys.executable, "-c", script, str(model), str(tmp_path / "out"), str(tmp_path / "set")]
+    assert subprocess.run(words, capture_output=True, env=dict(os.environ)).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "halfbyte.json").exists()
+    place = tmp_path / "out"
+    recipe = Recipe.model_validate({**GRIDS["sym"], "effort": "max"})
+    quantize(str(model), recipe, place, data())
+    assert (place / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
