@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -53,6 +53,9 @@ class Grid(Protocol):
     ) -> Scales:
         """Scales that minimise the importance-weighted error of rounding to nearest."""
 
+    def search(self, effort: str) -> dict[str, Any]:
+        """How far `fit` looks, as halfbyte.algo.kernels.scales takes it."""
+
     def global_scale(self, weights: list[torch.Tensor]) -> float | None:
         """The scale that linears of one fused group share, or None where the grid has none."""
 
@@ -82,7 +85,7 @@ def in_groups(W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int) -
     return W_OI.float().unflatten(1, (-1, group_size)), h[None]
 
 
-ROWS = 1 << 18
+ROWS = 1 << 17
 """Elements that a search works on at a time: what its temporaries need stays in the processor's cache."""
 
 

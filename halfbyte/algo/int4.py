@@ -14,6 +14,8 @@ bfloat16 both hold, because files store float16 and vLLM multiplies in the model
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from halfbyte.algo.grid import Scales, by_rows, in_groups
@@ -22,7 +24,8 @@ from halfbyte.algo.kernels import usable
 SMALLEST, LARGEST = 2.0**-14, 65024.0
 """The normal range of float16, at bfloat16's precision."""
 STEPS = {"probe": 3, "fast": 12, "default": 20, "max": 48}
-"""Candidate ranges a search tries."""
+STEPS_ASYM = {"probe": 3, "fast": 8, "default": 12, "max": 48}
+"""Candidate ranges a search tries; with a zero, each is tried with three of them."""
 
 
 def storable(scales: torch.Tensor) -> torch.Tensor:
@@ -47,15 +50,18 @@ class Int4Sym:
     def global_scale(self, weights: list[torch.Tensor]) -> float | None:
         return None
 
+    def search(self, effort: str) -> dict[str, Any]:
+        return {"ratios": torch.linspace(0.45 if effort != "probe" else 0.75, 1.0, STEPS[effort]).tolist()}
+
     def fit(
         self, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, global_scale: float | None, effort: str
     ) -> Scales:
         W_OGg, h = in_groups(W_OI, importance_I, group_size)
-        ratios = torch.linspace(0.45 if effort != "probe" else 0.75, 1.0, STEPS[effort]).tolist()
         if usable(W_OI, group_size):
             from halfbyte.algo.kernels.scales import fit_scales
 
-            return Scales(*fit_scales(self.name, W_OGg, h, ratios=ratios))
+            return Scales(*fit_scales(self.name, W_OGg, h, **self.search(effort)))
+        ratios = self.search(effort)["ratios"]
         (scales,) = by_rows(lambda w: (_search_symmetric(w, h, ratios),), W_OGg)
         return Scales(scales)
 
@@ -100,15 +106,18 @@ class Int4Asym:
     def global_scale(self, weights: list[torch.Tensor]) -> float | None:
         return None
 
+    def search(self, effort: str) -> dict[str, Any]:
+        return {"ratios": torch.linspace(0.5 if effort != "probe" else 0.8, 1.0, STEPS_ASYM[effort]).tolist()}
+
     def fit(
         self, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, global_scale: float | None, effort: str
     ) -> Scales:
         W_OGg, h = in_groups(W_OI, importance_I, group_size)
-        ratios = torch.linspace(0.5 if effort != "probe" else 0.8, 1.0, STEPS[effort]).tolist()
         if usable(W_OI, group_size):
             from halfbyte.algo.kernels.scales import fit_scales
 
-            return Scales(*fit_scales(self.name, W_OGg, h, ratios=ratios))
+            return Scales(*fit_scales(self.name, W_OGg, h, **self.search(effort)))
+        ratios = self.search(effort)["ratios"]
         scales, zeros = by_rows(lambda w: _search_asymmetric(w, h, ratios), W_OGg)
         return Scales(scales, zeros)
 
@@ -124,14 +133,20 @@ def _search_asymmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]
         middle = (-bottom * ratio / first).round_()
         for offset in (-1, 0, 1):
             z = (middle + offset).clamp_(0, 15)
-            d = torch.minimum(torch.maximum(steps, -z[..., None]), 15 - z[..., None])
+            low, high = -z[..., None], 15 - z[..., None]
+            d = _between(steps, low, high)
             hd = d * h
             s = storable((hd * W_OGg).sum(-1) / hd.mul_(d).sum(-1).clamp_min(1e-30))
-            error = (W_OGg / s[..., None]).round_()
-            error = torch.minimum(torch.maximum(error, -z[..., None]), 15 - z[..., None]).mul_(s[..., None])
+            error = _between((W_OGg / s[..., None]).round_(), low, high).mul_(s[..., None])
             error = error.sub_(W_OGg).square_().mul_(h).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             chosen = torch.where(better, s, chosen)
             zero = torch.where(better, z, zero)
     return chosen, zero
+
+
+def _between(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """x.clamp(low, high), which torch does more slowly."""
+    x = torch.maximum(x, low)
+    return torch.minimum(x, high, out=x)

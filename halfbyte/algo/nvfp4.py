@@ -10,13 +10,19 @@ steps below 4 are finer than the one above), and the importance-weighted error d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from halfbyte.algo.grid import Scales, by_rows, in_groups
 from halfbyte.algo.kernels import usable
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+CODES = [float(LEVELS.index(abs(v) / 2) + 8 * (v < 0)) if abs(v) / 2 in LEVELS else 0.0 for v in range(-12, 13)]
+"""The code of v / 2, from v = -12 on; 0 where there is none."""
 E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9
+EXPONENT = 0x7F800000
+"""Float32's exponent bits: alone, they are the power of two at or below a positive number."""
 CLIP, LIFT = {"probe": 2, "fast": 4, "default": 6, "max": 10}, {"probe": 2, "fast": 5, "default": 6, "max": 8}
 """How many E4M3 numbers below and above amax / 6 a search tries."""
 
@@ -27,10 +33,16 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def snap_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """The nearest E2M1 value (ties to the even code), saturating at +-6; float32, x itself is not touched."""
-    a = x.abs().clamp_(max=6.0)
-    step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
-    return (a / step).round_().mul_(step).copysign_(x)
+    """The nearest E2M1 value (ties to the even code), saturating at +-6; float32, x itself is not touched.
+
+    The spacing is half the power of two at or below max(|x|, 1). Adding 1.5 * 2^23 spacings and taking them off again
+    leaves a multiple of the spacing: float32 holds no finer ones there, and rounds ties to even.
+    """
+    x = x.float().clamp(-6.0, 6.0)
+    shift = x.abs().clamp_(min=1.0)
+    shift.view(torch.int32).bitwise_and_(EXPONENT)
+    shift.mul_(0.75 * 2**23)
+    return x.add_(shift).sub_(shift)
 
 
 class NVFP4:
@@ -39,9 +51,8 @@ class NVFP4:
     name = "nvfp4"
 
     def encode(self, x: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-        value = snap_e2m1(x)
-        index = torch.bucketize(value.abs(), torch.tensor(LEVELS, device=x.device))
-        return index.float() + 8.0 * (value < 0)
+        doubled = snap_e2m1(x).mul_(2).add_(12).int()
+        return torch.tensor(CODES, device=x.device).index_select(0, doubled.flatten()).view(x.shape)
 
     def decode(self, codes: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
         table = torch.tensor([*LEVELS, *(-v for v in LEVELS)], device=codes.device)
@@ -56,6 +67,9 @@ class NVFP4:
         outer = torch.tensor(max(amax, 1e-30) / (6 * 448), dtype=torch.float32)
         return float(1 / (1 / outer))
 
+    def search(self, effort: str) -> dict[str, Any]:
+        return {"reach": (CLIP[effort], LIFT[effort])}
+
     def fit(
         self, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, global_scale: float | None, effort: str
     ) -> Scales:
@@ -65,7 +79,7 @@ class NVFP4:
         if usable(W_OI, group_size):
             from halfbyte.algo.kernels.scales import fit_scales
 
-            scales, _ = fit_scales(self.name, W_OGg, h, reach=(CLIP[effort], LIFT[effort]), outer=outer)
+            scales, _ = fit_scales(self.name, W_OGg, h, outer=outer, **self.search(effort))
             return Scales(scales, None, outer)
         (scales,) = by_rows(lambda w: (_search(w / outer, h, CLIP[effort], LIFT[effort]),), W_OGg)
         return Scales(scales, None, outer)

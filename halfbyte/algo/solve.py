@@ -9,7 +9,7 @@ import torch
 from halfbyte.algo.gptq import Factor, factorize, gptq
 from halfbyte.algo.grid import dequantize, get_grid
 from halfbyte.algo.rtn import assemble, rtn
-from halfbyte.algo.stats import Stats, output_error
+from halfbyte.algo.stats import QuickError, Stats, output_error
 from halfbyte.types import QuantizedLinear
 
 
@@ -26,8 +26,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Solved:
-    """One linear's result. `relative_error` is sqrt(tr(E H E^T) / tr(W H W^T)), with the diagonal of H where the
-    Gram matrix was not collected; `damp` is what the factorisation took, None for rtn."""
+    """One linear's result. `relative_error` is sqrt(tr(E H E^T) / tr(W H W^T)) to 1e-3 of itself, with the diagonal of
+    H alone where the Gram matrix was not collected; `damp` is what the factorisation took, None for rtn."""
 
     q: QuantizedLinear
     relative_error: float
@@ -49,14 +49,12 @@ def solve_group(
         if stats.gram_II is None:
             raise ValueError("gptq rounding needs the Gram matrix of the inputs")
         factor = factor or factorize(stats.gram_II, options.damp, options.act_order)
-        scale_OI = fitted.effective.repeat_interleave(group_size, 1)
-        zero_OI = None if fitted.zeros is None else fitted.zeros.repeat_interleave(group_size, 1)
-        q = assemble(gptq(W_OI, scale_OI, zero_OI, factor, grid), fitted, grid, group_size)
+        q = assemble(gptq(W_OI, fitted.effective, fitted.zeros, factor, grid), fitted, grid, group_size)
     else:
         factor = None
         q = rtn(W_OI, fitted, grid, group_size)
-    E = dequantize(q).sub_(W_OI)
-    error, power = output_error(E, stats), output_error(W_OI, stats)
+    measure = QuickError(stats)
+    error, power = measure(dequantize(q).sub_(W_OI)), measure(W_OI)
     solved = []
     sizes = [len(w) for w in weights]
     for part, e, p in zip(_rows(q, sizes), error.split(sizes), power.split(sizes)):

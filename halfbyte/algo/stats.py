@@ -46,3 +46,27 @@ def output_error(E_OI: torch.Tensor, stats: Stats) -> torch.Tensor:
     if stats.gram_II is None:
         return (E_OI.square() * stats.second_moment_I).sum(1)
     return (E_OI @ stats.gram_II).mul_(E_OI).sum(1)
+
+
+class QuickError:
+    """`output_error` from a bfloat16 product, several times as fast: the diagonal of H stays in float32, the rest is
+    rounded. Summed over a linear's rows it is off by less than 1e-3, relatively (5e-4 and less was seen).
+
+    Made once for errors under the same statistics; holds half the Gram matrix's bytes.
+    """
+
+    def __init__(self, stats: Stats):
+        self.diagonal_I = stats.second_moment_I
+        self.rest_II: torch.Tensor | None = None
+        if stats.gram_II is not None:
+            self.diagonal_I, self.rest_II = stats.gram_II.diagonal(), stats.gram_II.bfloat16()
+            self.rest_II.diagonal().zero_()
+
+    def __call__(self, E_OI: torch.Tensor) -> torch.Tensor:
+        """float32 [O], as `output_error`."""
+        own = E_OI.square() @ self.diagonal_I
+        if self.rest_II is None:
+            return own
+        e = E_OI.bfloat16()
+        product = torch.mm(e, self.rest_II, out_dtype=torch.float32) if e.is_cuda else e @ self.rest_II
+        return own.add_((product * E_OI).sum(1))

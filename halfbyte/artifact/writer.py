@@ -126,7 +126,10 @@ class ArtifactWriter:
         link_or_copy(other._file(block), self._file(block))
 
     def block(self, block: int) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
-        """A kept block, read back: its quantized linears and its other tensors, by full name."""
+        """A kept block, read back: its quantized linears and its other tensors, by full name. Nothing where none is
+        kept, because the block stays as it is."""
+        if not self.done(block):
+            return {}, {}
         note, tensors = _read(self._file(block))
         linears = {}
         for name, row in note["linears"].items():
@@ -159,7 +162,7 @@ class ArtifactWriter:
             for name in told["linears"]:
                 old |= self.format.pack(name, linears[name])
                 told["linears"][name] |= {"fingerprint": weight_fingerprint(dequantize(linears[name])), "tuned": True}
-            prefix = _block_of(next(iter(told["linears"])))
+            prefix = f"model.layers.{int(file.stem.removeprefix('block-'))}."
             old |= {n: left.pop(n).cpu() for n in list(left) if n.startswith(prefix)}
             write_tensors(aside / file.name, old, {"halfbyte": json.dumps(told, sort_keys=True)})
         rest = json.dumps({"linears": {}, "seconds": 0.0, "notices": [], "tuning": note}, sort_keys=True)
@@ -298,11 +301,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     note = _note(file)
     with safe_open(file, framework="pt") as handle:
         return note, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  no mapping
-
-
-def _block_of(linear: str) -> str:
-    """model.layers.3. of model.layers.3.mlp.down_proj."""
-    return ".".join(linear.split(".")[:3]) + "."
 
 
 def _natural(name: str) -> list[Any]:

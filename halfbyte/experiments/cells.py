@@ -190,4 +190,4 @@ def content_key(cell: Cell, data: str) -> tuple[Any, ...]:
     """What decides a cell's bytes for one checkpoint."""
     assert cell.recipe is not None
     schemes = tuple(sorted((name, s.grid, s.group_size) for name, s in cell.schemes.items()))
-    return (cell.recipe.format, solve_options(cell.recipe), schemes, data)
+    return (cell.recipe.format, cell.recipe.tune, solve_options(cell.recipe), schemes, data)

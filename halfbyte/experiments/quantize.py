@@ -15,7 +15,7 @@ import torch
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
-from halfbyte.engine.tune import EPOCHS
+from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
@@ -91,20 +91,18 @@ def quantize(
 
 
 def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progress: Progress) -> None:
-    """Effort max with GPTQ rounding: train scales and norms of the blocks that `writer` keeps, once. What does not come
-    out better on the calibration tokens is left as it was."""
+    """Train scales and norms of the blocks that `writer` keeps, where the recipe asks for it, once. What does not come
+    out better is left as it was."""
     recipe = writer.recipe
-    if recipe.effort != "max" or recipe.rounding != "gptq" or data is None or writer.tuned:
+    if recipe.tune in (None, "none") or data is None or writer.tuned:
         return
-    done = Tuner(Skeleton(writer.checkpoint, device), writer.block, progress).run(
-        data.sequences, recipe.calibration.seed
-    )
+    schedule = SCHEDULES[recipe.tune]
+    tuner = Tuner(Skeleton(writer.checkpoint, device), writer.block, schedule, progress)
+    done = tuner.run(data.sequences, recipe.calibration.seed)
     better = done.after < done.before
     if not better:
-        progress.say(
-            f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left as before"
-        )
-    note = {"kl_first_epoch": done.before, "kl_last_epoch": done.after, "epochs": EPOCHS, "kept": better}
+        progress.say(f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left out")
+    note = {"schedule": recipe.tune, "kl_before": done.before, "kl_after": done.after, "kept": better}
     kept = (done.linears, done.tensors) if better else ({}, {})
     writer.tune(*kept, note)
 

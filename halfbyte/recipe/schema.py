@@ -86,6 +86,11 @@ class Recipe(_Strict):
     act_order: bool = Field(
         default=True, description="GPTQ visits columns by falling importance (static groups: no g_idx)"
     )
+    tune: Literal["none", "light", "full"] | None = Field(
+        default=None,
+        description="scales and norms trained against the BF16 logits: 16 small steps (light) or 4 passes over the "
+        "calibration text (full); unless said, light with GPTQ rounding, full with effort max",
+    )
     propagate: bool = Field(
         default=False, description="collect statistics behind the quantized blocks instead of the BF16 ones"
     )
@@ -105,6 +110,7 @@ class Recipe(_Strict):
         assert self.grid is not None
         fill("format", FORMATS_OF_GRID[self.grid][0])
         fill("damp", 0.05)
+        fill("tune", "none" if self.rounding != "gptq" else "full" if self.effort == "max" else "light")
         if self.format not in FORMATS_OF_GRID[self.grid]:
             holds = " or ".join(FORMATS_OF_GRID[self.grid])
             raise ValueError(f"format {self.format} cannot hold the grid {self.grid}: use {holds}")
@@ -122,4 +128,4 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe cannot be carried out without calibration data."""
-        return self.rounding == "gptq" or self.scaling == "awq" or self.activations == "fp4"
+        return self.rounding == "gptq" or self.scaling == "awq" or self.activations == "fp4" or self.tune != "none"

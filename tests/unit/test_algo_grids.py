@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halfbyte.algo import Options, Scales, Stats, dequantize, get_grid, rtn, solve_group
+from halfbyte.algo.nvfp4 import snap_e2m1
 from halfbyte.types import GRIDS, QuantizedLinear
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -69,6 +70,20 @@ def test_snap_is_decode_of_encode_and_the_nearest_value(grid: str) -> None:
         table = torch.tensor(levels(grid, zero or 0), dtype=torch.float64)
         best = (x.double()[:, None] - table).abs().amin(1)
         assert torch.allclose((x.double() - snapped.double()).abs(), best, atol=1e-5)
+
+
+def test_e2m1_is_rounded_as_division_by_its_steps_rounds() -> None:
+    """By the definition, ties to the even code, on numbers of every exponent and beside every tie."""
+    bits = torch.arange(0, 2**31, 1009, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0, 0.0])
+    below, above = torch.nextafter(ties, torch.tensor(0.0)), torch.nextafter(ties, torch.tensor(9.0))
+    a = torch.cat([bits[bits.isfinite()], ties, below, above, torch.tensor([torch.inf])])
+    step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
+    want = (a.clamp(max=6) / step).round() * step
+    kept = a.clone()
+    assert torch.equal(snap_e2m1(a), want) and torch.equal(snap_e2m1(-a), -want)
+    assert torch.equal(a, kept)
+    assert torch.equal(snap_e2m1(a[:200].double()), want[:200])
 
 
 def test_nvfp4_negative_zero_is_read_as_zero_and_never_written() -> None:

@@ -44,17 +44,13 @@ def made(model: Path, place: Path, effort: str, **settings: object) -> Path:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_training_lowers_the_divergence_and_keeps_the_codes(
-    grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_lowers_the_divergence_and_keeps_the_codes(grid: str, tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model")
     place = made(model, tmp_path / "tuned", "max", **GRIDS[grid])
-    with monkeypatch.context() as patch:
-        patch.setattr("halfbyte.experiments.quantize.tune", lambda *_: None)
-        plain = made(model, tmp_path / "plain", "max", **GRIDS[grid])
+    plain = made(model, tmp_path / "plain", "max", tune="none", **GRIDS[grid])
     assert check_artifact(place)["ok"]
     tuning = read_manifest(place)["tuning"]
-    assert tuning["kept"] and tuning["kl_last_epoch"] < tuning["kl_first_epoch"]
+    assert tuning["kept"] and tuning["kl_after"] < tuning["kl_before"]
     assert read_manifest(plain)["tuning"] is None
     ids = torch.stack(data().sequences)
     assert divergence(place, model, ids) < divergence(plain, model, ids)
@@ -74,8 +70,17 @@ def test_every_family_is_trained(family: str, tmp_path: Path) -> None:
     model = make_tiny(family, tmp_path / "model")
     place = made(model, tmp_path / "out", "max", method="gptq", group_size=64)
     tuning = read_manifest(place)["tuning"]
-    assert tuning["kl_last_epoch"] < tuning["kl_first_epoch"]
+    assert tuning["kl_after"] < tuning["kl_before"]
     assert check_artifact(place)["ok"]
+
+
+def test_blocks_that_stay_in_bf16_are_run_and_their_norms_trained(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    place = made(model, tmp_path / "out", "default", boundary={"blocks": 1, "keep": "blocks"}, **GRIDS["sym"])
+    assert read_manifest(place)["tuning"]["kept"] and check_artifact(place)["ok"]
+    norms = [load_fake_quantized(place).get_parameter(f"model.layers.{i}.input_layernorm.weight") for i in range(3)]
+    before = [load_model(model).get_parameter(f"model.layers.{i}.input_layernorm.weight") for i in range(3)]
+    assert all(not torch.equal(a, b) for a, b in zip(norms, before))
 
 
 def test_a_kill_while_the_trained_blocks_are_kept_changes_nothing(tmp_path: Path) -> None:
