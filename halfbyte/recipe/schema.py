@@ -88,8 +88,8 @@ class Recipe(_Strict):
     )
     tune: Literal["none", "light", "full"] | None = Field(
         default=None,
-        description="scales and norms trained against the BF16 logits: 16 small steps (light) or 4 passes over the "
-        "calibration text (full); unless said, light with GPTQ rounding, full with effort max",
+        description="scales and norms trained against the BF16 logits: one pass over the calibration text (light) or "
+        "four (full); unless said, none, and full with effort max and GPTQ rounding",
     )
     propagate: bool = Field(
         default=False, description="collect statistics behind the quantized blocks instead of the BF16 ones"
@@ -110,7 +110,7 @@ class Recipe(_Strict):
         assert self.grid is not None
         fill("format", FORMATS_OF_GRID[self.grid][0])
         fill("damp", 0.05)
-        fill("tune", "none" if self.rounding != "gptq" else "full" if self.effort == "max" else "light")
+        fill("tune", "full" if self.effort == "max" and self.rounding == "gptq" else "none")
         if self.format not in FORMATS_OF_GRID[self.grid]:
             holds = " or ".join(FORMATS_OF_GRID[self.grid])
             raise ValueError(f"format {self.format} cannot hold the grid {self.grid}: use {holds}")
