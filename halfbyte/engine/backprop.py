@@ -16,7 +16,7 @@ from torch import nn
 
 from halfbyte.engine.skeleton import Skeleton
 
-PIECE = 512
+PIECE = 256
 """Tokens whose logits are in memory at a time."""
 
 Loader = Callable[[int], nn.Module]
