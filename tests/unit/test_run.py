@@ -231,10 +231,11 @@ def test_a_wrong_vllm_is_told_before_any_work(model: Path, tmp_path: Path, capsy
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_killed_anywhere_it_ends_with_the_same_figures(done: Path, model: Path, tmp_path: Path) -> None:
+def test_killed_anywhere_it_ends_with_the_same_figures(model: Path, tmp_path: Path) -> None:
+    """All in children with one thread each: sums in another number of threads round differently."""
     words = ["run", str(model), "--on", "cpu", *GENEROUS]
     (whole,) = run_forked(tmp_path, [{"words": [*words, "-o", str(tmp_path / "whole")]}])
-    assert whole["status"] == 0 and figures(tmp_path / "whole") == figures(done)
+    assert whole["status"] == 0
     points = range(1, whole["writes"], 6)
     jobs: list[dict[str, Any]] = []
     for at in points:
@@ -247,7 +248,7 @@ def test_killed_anywhere_it_ends_with_the_same_figures(done: Path, model: Path, 
         assert first["status"] == -9 and second["status"] == 0, (at, second["stderr"])
         fresh = json.loads(second["stdout"])["fresh"]
         assert fresh == ALL[len(ALL) - len(fresh) :], (at, fresh)
-        assert figures(tmp_path / str(at)) == figures(done), at
+        assert figures(tmp_path / str(at)) == figures(tmp_path / "whole"), at
         assert digests(tmp_path / str(at) / "model") == digests(tmp_path / "whole" / "model"), at
         left = [p.name for p in (tmp_path / str(at)).rglob("*") if p.name.endswith((".tmp", ".partial", ".lock"))]
         assert left == [], at
