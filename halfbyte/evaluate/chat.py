@@ -93,7 +93,7 @@ def converse(
         prompts = [prompt_ids(pair.tokenizer, _messages(questions[i].turns, answers[i])) for i in members]
         room = context - max_tokens
         if (longest := max(map(len, prompts))) > room:
-            raise HalfbyteError(f"a conversation has grown to {longest} tokens, {room} are left: use fewer --max-tokens")
+            raise HalfbyteError(f"a conversation takes {longest} tokens, {room} are left: use fewer --max-tokens")
         said = subject.generate(prompts, max_tokens, pair.stop_ids(), progress)
         for i, answer in zip(members, said):
             answers[i].append(trimmed(pair.tokenizer, answer))
@@ -159,7 +159,7 @@ def _summary(
         "unread": len(questions) - len(read),
         "inconsistent": float(np.mean([not verdicts[i].consistent for i in read])),
         "win_rate": rate,
-        "length": length_ratio(*tokens, bootstrap.draw_counts(len(questions), seed)),
+        "length": length_ratio(tokens[0], tokens[1], bootstrap.draw_counts(len(questions), seed)),
         "by_category": [
             {
                 "category": category,

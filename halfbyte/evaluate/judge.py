@@ -110,7 +110,7 @@ class Judge:
         try:
             return str(answer.json()["choices"][0]["message"]["content"] or "")
         except (ValueError, KeyError, IndexError, TypeError):
-            raise HalfbyteError(f"the judge at {self.host} does not speak OpenAI's chat API: name another URL") from None
+            raise HalfbyteError(f"the judge at {self.host} speaks no OpenAI chat API: name another URL") from None
 
     def _hidden(self, text: str) -> str:
         """A message of the endpoint's in one line, the key in it blacked out."""

@@ -43,7 +43,7 @@ class Statistic:
             table = np.asarray(items, dtype=np.float64).reshape(len(items), -1)
             return np.asarray(self.of_means(counts @ table / counts.sum(axis=1, keepdims=True)), dtype=np.float64)
         assert self.of_items is not None
-        drawn = (np.repeat(np.arange(len(items)), row) for row in counts)
+        drawn = (np.repeat(np.arange(len(items)), row).tolist() for row in counts)
         return np.array([float(self.of_items([items[i] for i in members])) for members in drawn])
 
 

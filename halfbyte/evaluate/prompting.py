@@ -67,8 +67,13 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
 def messages_of(value: Any, where: str) -> list[dict[str, str]]:
     """Messages of a role and a content each, the last of them not the assistant's."""
-    good = isinstance(value, list) and value and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
+        )
     )
     if not good:
         raise HalfbyteError(f"{where}: `messages` is not a list of role and content: mend it")

@@ -109,10 +109,7 @@ def compare_qa(
         {
             "messages": question.messages,
             "accepted": question.accepted,
-            **{
-                side: {"answer": answers[side][i], **{name: scored[side][name][i] for name in shown}}
-                for side in SIDES
-            },
+            **{side: {"answer": answers[side][i], **{name: scored[side][name][i] for name in shown}} for side in SIDES},
         }
         for i, question in enumerate(questions)
     ]

@@ -164,7 +164,7 @@ def _padded_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tens
 
 @torch.inference_mode()
 def _pieces(model: Any, ids: torch.Tensor, keep: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, logits [1, PIECE, V]) of ids [1, T] through the key-value cache; of a piece's last `keep` tokens alone."""
+    """(start, logits [1, PIECE, V]) of ids [1, T] through the key-value cache; keep: of a piece's last tokens alone."""
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config)
     for start in range(0, ids.shape[1], PIECE):

@@ -56,11 +56,9 @@ def evaluate_tasks(
             progress.start(f"tasks, {LABELS[side]}", len(loaded))
             for name, task in loaded.items():
                 options: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch}
-                found[name].append(
-                    ask(subject, name, task, tokenizer=pair.tokenizer, context=context, **options)
-                )
+                found[name].append(ask(subject, name, task, tokenizer=pair.tokenizer, context=context, **options))
                 progress.advance(note=name)
-    rows = [_compared(name, *sides, pair.tokenizer, seed) for name, sides in found.items()]
+    rows = [_compared(name, first, second, pair.tokenizer, seed) for name, (first, second) in found.items()]
     return tasks_result(pair, rows, time.monotonic() - started)
 
 
