@@ -155,9 +155,8 @@ def _variables(rng: random.Random, words: Sequence[str], depth: float | None) ->
         for hop in range(1, HOPS):
             facts.append(((hop + rng.random()) / HOPS, f" The variable {chain[hop]} is equal to {chain[hop - 1]}."))
     which = rng.randrange(2)
-    chain = chains[which]
-    question = f"Following the equalities, {', '.join(reversed(chain))} are all the same. The variable {chain[-1]} is"
-    return Story(facts, _chatter(rng), question, answers[which])
+    asked = f"The variable {chains[which][-1]} is"
+    return Story(facts, _chatter(rng), f"What is the variable {chains[which][-1]}? {asked}", answers[which])
 
 
 def _chatter(rng: random.Random) -> Iterator[str]:

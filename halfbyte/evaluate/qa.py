@@ -5,6 +5,7 @@ A JSONL file, a record a line: {"question", "answer"} or {"messages", "answer"};
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from halfbyte.evaluate.pair import LABELS, SIDES, Pair
 from halfbyte.evaluate.paired import MEAN, Compared, compare_items
 from halfbyte.evaluate.prompting import messages_of, prompt_ids, read_lines, text_of, trimmed
 from halfbyte.evaluate.tasks import tasks_result, tokens_of, with_others
+from halfbyte.files import make_directory, write_text
 from halfbyte.types import Progress, Quiet
 
 METRICS = {
@@ -28,6 +30,7 @@ METRICS = {
 }
 """How an answer is scored, and how items become a figure; BLEU is 0..100, the others shares."""
 MAX_TOKENS = 256
+ANSWERS = "qa.jsonl"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ def compare_qa(
         for i, question in enumerate(questions)
     ]
     return with_others(rows), items
+
+
+def write_answers(directory: Path | str, answers: list[dict[str, Any]]) -> Path:
+    """Write qa.jsonl (whole or not at all) into `directory`: each question with both answers; returns its path."""
+    path = Path(directory) / ANSWERS
+    make_directory(path.parent)
+    write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    return path
 
 
 def read_questions(file: Path) -> list[Question]:

@@ -44,9 +44,26 @@ def evaluate_tasks(
     limit   items a task; chat: through the chat template; batch: items at a time
     Raises UsageError for an unknown task, HalfbyteError where its data cannot be had or it fails.
     """
+    started = time.monotonic()
+    rows = compare_tasks(pair, tasks, data=data, limit=limit, chat=chat, batch=batch, seed=seed, progress=progress)
+    return tasks_result(pair, rows, time.monotonic() - started)
+
+
+def compare_tasks(
+    pair: Pair,
+    tasks: Sequence[str | Path],
+    *,
+    data: Path | str | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Compared]:
+    """The rows of `evaluate_tasks`, to be put together with others in one result."""
     from halfbyte.evaluate.harness import ask, load_tasks
 
-    progress, started = progress or Quiet(), time.monotonic()
+    progress = progress or Quiet()
     progress.start("loading tasks", 1)
     loaded = load_tasks(_specs(tasks, None if data is None else Path(data)))
     context = min(CONTEXT, pair.context() or CONTEXT)
@@ -58,8 +75,7 @@ def evaluate_tasks(
                 options: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch}
                 found[name].append(ask(subject, name, task, tokenizer=pair.tokenizer, context=context, **options))
                 progress.advance(note=name)
-    rows = [_compared(name, first, second, pair.tokenizer, seed) for name, (first, second) in found.items()]
-    return tasks_result(pair, rows, time.monotonic() - started)
+    return [_compared(name, first, second, pair.tokenizer, seed) for name, (first, second) in found.items()]
 
 
 def tasks_result(pair: Pair, rows: Sequence[Compared], seconds: float) -> dict[str, Any]:
