@@ -14,12 +14,21 @@ from halfbyte.types import Quiet
 from tests.tiny import make_tiny, tiny_tokenizer
 from tests.unit.stand_in import service, vllm_of
 
-LENGTHS = (30, 7, 19, 30, 1)
+LENGTHS = (20, 7, 20, 1)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
-def model(request, tmp_path_factory):
-    place = make_tiny(request.param, tmp_path_factory.mktemp("subject") / "m", max_position_embeddings=512)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny("llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory):
+    return tiny("gemma3", tmp_path_factory)
+
+
+def tiny(family, tmp_path_factory):
+    place = make_tiny(family, tmp_path_factory.mktemp("subject") / family, max_position_embeddings=512)
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
@@ -52,12 +61,12 @@ def asked(request, model):
 
 
 def test_answers_are_greedy_and_end_where_they_should(asked, model, prompts, monkeypatch):
-    monkeypatch.setattr(subject, "BATCH_TOKENS", 80)
-    free = [greedy(model, prompt, 12, []) for prompt in prompts]
-    stops = [free[0][4], free[2][7], 2]
-    expected = [greedy(model, prompt, 12, stops) for prompt in prompts]
-    assert min(map(len, expected)) < 12
-    said = asked.generate(prompts, 12, stops)
+    monkeypatch.setattr(subject, "BATCH_TOKENS", 60)
+    free = [greedy(model, prompt, 8, []) for prompt in prompts]
+    stops = [free[0][3], free[2][5], 2]
+    expected = [greedy(model, prompt, 8, stops) for prompt in prompts]
+    assert min(map(len, expected)) < 8
+    said = asked.generate(prompts, 8, stops)
     assert said == [asked_decode(ids) for ids in expected]
 
 
@@ -82,6 +91,16 @@ def test_log_likelihoods_in_pieces(asked, model, prompts, monkeypatch):
         with torch.inference_mode():
             p = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
         np.testing.assert_allclose(values, p[range(len(window) - 1), window[1:]].numpy(), atol=1e-4)
+
+
+def test_pieces_of_a_model_with_sliding_windows(sliding, monkeypatch):
+    monkeypatch.setattr(subject, "PIECE", 8)
+    window = list(range(60, 120))
+    with torch.inference_mode():
+        p = sliding(torch.tensor([window])).logits[0].log_softmax(-1)
+    found = Loaded(sliding, tiny_tokenizer())
+    np.testing.assert_allclose(found.logliks([window])[0], p[range(59), window[1:]].numpy(), atol=1e-4)
+    assert found.choose([window], range(5, 261)) == [5 + int(p[-1, 5:261].argmax())]
 
 
 def test_a_long_sequence_is_never_held_as_logits(model, monkeypatch):
