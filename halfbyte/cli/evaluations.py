@@ -95,7 +95,7 @@ class Asked:
         """From a command's own arguments, those that are no concern of ours left out."""
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
-    def __bool__(self) -> bool:
+    def wanted(self) -> bool:
         """Whether anything was asked for. Raises UsageError for options that lack each other."""
         if bool(self.chat) != bool(self.judge) or bool(self.chat) != bool(self.judge_model):
             raise UsageError("--chat FILE, --judge URL and --judge-model NAME go together: give all three")
@@ -109,12 +109,28 @@ def evaluate_asked(directory: Path, baseline: str | None, asked: Asked, output: 
     """Measure what was asked, write the result files, print. Exit code 3 where the 4-bit model rambles."""
     from halfbyte.cli.evaluation_words import evaluations_words
 
+    _check(asked)
     with progress() as shown, ExitStack() as stack:
         logs = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results = _measure(_pair(directory, baseline, asked, logs, shown), asked, output, shown)
     emit(results, style, f"{evaluations_words(results)}\n\nnext: halfbyte serve {directory} --on PLATFORM --print")
     if any(row["length"] and not row["length"]["passed"] for row in _answering(results)):
         raise typer.Exit(3)
+
+
+def _check(asked: Asked) -> None:
+    """Raises UsageError or HalfbyteError for what can be known to be wrong before a model is loaded."""
+    from halfbyte.evaluate import chat, qa
+    from halfbyte.evaluate.judge import Judge
+
+    parse_lengths(asked.lengths)
+    if asked.qa:
+        qa.require_metric(asked.qa_metric)
+        qa.read_questions(asked.qa)
+    if asked.chat:
+        chat.read_questions(asked.chat)
+        with Judge(str(asked.judge), str(asked.judge_model)):
+            pass
 
 
 def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown: TerminalProgress) -> Pair:

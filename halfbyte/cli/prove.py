@@ -106,8 +106,9 @@ def evaluate(
 
     Where --task, --qa, --chat or --long-context is given: these instead.
     """
-    if wanted := asked.Asked.of(locals()):
-        return asked.evaluate_asked(directory, baseline, wanted, output, style)
+    beyond = asked.Asked.of(locals())
+    if beyond.wanted():
+        return asked.evaluate_asked(directory, baseline, beyond, output, style)
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.cli.words import eval_words
     from halfbyte.evaluate import compare, set_windows, write_result

@@ -75,8 +75,7 @@ def compare_qa(
     progress: Progress | None = None,
 ) -> tuple[Compared, list[dict[str, Any]]]:
     """The row of `evaluate_qa`, and each question with both answers and their scores."""
-    if metric not in METRICS:
-        raise UsageError(f"{metric!r} is no metric of answers: use one of {', '.join(METRICS)}")
+    require_metric(metric)
     file, progress = Path(file), progress or Quiet()
     questions = read_questions(file)[:limit]
     prompts = [prompt_ids(pair.tokenizer, question.messages) for question in questions]
@@ -117,6 +116,12 @@ def compare_qa(
         for i, question in enumerate(questions)
     ]
     return with_others(rows), items
+
+
+def require_metric(name: str) -> None:
+    """Raises UsageError for a name that is not among METRICS."""
+    if name not in METRICS:
+        raise UsageError(f"{name!r} is no metric of answers: use one of {', '.join(METRICS)}")
 
 
 def write_answers(directory: Path | str, answers: list[dict[str, Any]]) -> Path:
