@@ -61,7 +61,9 @@ Lengths = Annotated[
     str | None, typer.Option(metavar="N,N", help="Lengths for --long-context, as 4k,16k; else up to the model's own.")
 ]
 Samples = Annotated[int, typer.Option(metavar="N", min=1, help="--long-context: prompts a task, length and depth.")]
-BackendOption = Annotated[Backend, typer.Option("--backend", help="transformers, or vLLM with both models in turn.")]
+BackendOption = Annotated[
+    Backend, typer.Option("--backend", metavar="NAME", help="hf (transformers), or vllm with both models in turn.")
+]
 On = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")]
 Vllm = Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")]
 
@@ -128,9 +130,8 @@ def _check(asked: Asked) -> None:
         qa.require_metric(asked.qa_metric)
         qa.read_questions(asked.qa)
     if asked.chat:
-        chat.read_questions(asked.chat)
         with Judge(str(asked.judge), str(asked.judge_model)):
-            pass
+            chat.read_questions(asked.chat)
 
 
 def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown: TerminalProgress) -> Pair:

@@ -1,4 +1,4 @@
-"""What 4 bits cost: a quantized model against its BF16 baseline, by tokens, tasks, chat and length; vLLM against both."""
+"""What 4 bits cost: a quantized model against BF16, by tokens, tasks, chat and length, in transformers and in vLLM."""
 
 from halfbyte.evaluate.chat import evaluate_chat, write_chat
 from halfbyte.evaluate.fidelity import Fidelity, TokenScores, compare, noise_floor, summary, write_result
