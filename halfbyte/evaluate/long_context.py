@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import bootstrap
@@ -155,15 +154,12 @@ def _run(
 ) -> Run:
     label = f"{LABELS[condition.side]}, KV cache {condition.kv_cache}"
     with pair.open(condition.side, longest, progress, condition.kv_cache) as subject:
-        try:
-            progress.start(f"retrieval, {label}", len(items))
-            chosen = subject.choose([item.ids for item in items], candidates, progress)
-            logliks: list[np.ndarray] = []
-            if windows:
-                progress.start(f"long text, {label}", len(windows))
-                logliks = subject.logliks([ids.tolist() for ids in windows.ids], progress)
-        except torch.OutOfMemoryError:
-            raise HalfbyteError(f"{longest} tokens do not fit into memory: use smaller --lengths") from None
+        progress.start(f"retrieval, {label}", len(items))
+        chosen = subject.choose([item.ids for item in items], candidates, progress)
+        logliks: list[np.ndarray] = []
+        if windows:
+            progress.start(f"long text, {label}", len(windows))
+            logliks = subject.logliks([ids.tolist() for ids in windows.ids], progress)
     if any(np.isnan(values).any() for values in logliks):
         raise HalfbyteError(f"{label} gives NaN on long text: run `halfbyte check` on the artifact")
     right = np.array([token == item.answer for token, item in zip(chosen, items)], dtype=np.float64)

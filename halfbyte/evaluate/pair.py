@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from halfbyte.errors import UsageError
+import torch
+
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.subject import Loaded, Served, Subject, stop_tokens
 from halfbyte.types import Progress
@@ -18,6 +20,8 @@ from halfbyte.types import Progress
 Side = Literal["baseline", "model"]
 SIDES: tuple[Side, Side] = ("baseline", "model")
 LABELS = {"baseline": "BF16", "model": "4-bit"}
+NEUTRAL = ("--generation-config", "vllm")
+"""Without the sampling that a model's own config recommends (penalties, top-p): what is compared is greedy."""
 URL = ("http://", "https://")
 
 
@@ -75,11 +79,14 @@ class Pair:
     def open(self, side: Side, context: int, progress: Progress, kv_cache: str = "auto") -> Iterator[Subject]:
         """One side, ready to answer. `context`: tokens that prompt and answer may take (vLLM's --max-model-len).
 
-        Raises HalfbyteError with vLLM's own reason when it does not start.
+        Raises HalfbyteError with vLLM's own reason when it does not start, and for a model that runs out of memory.
         """
         what = getattr(self, side)
         if self.serving is None:
-            yield Loaded(what, self.tokenizer)
+            try:
+                yield Loaded(what, self.tokenizer)
+            except torch.OutOfMemoryError:
+                raise HalfbyteError(f"{context:,} tokens at a time do not fit into memory: ask for fewer") from None
         elif str(what).startswith(URL):
             with _client(str(what).rstrip("/").removesuffix("/v1")) as subject:
                 yield subject
@@ -104,7 +111,7 @@ def _served(
         vllm_version=install.version,
         context=context,
         concurrency=serving.concurrency,
-        extra=("--kv-cache-dtype", kv_cache),
+        extra=("--kv-cache-dtype", kv_cache, *NEUTRAL),
     )
     with Server(command, install, log_path=log, env=OFFLINE, progress=progress) as server:
         with _client(server.url) as subject:

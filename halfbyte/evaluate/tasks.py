@@ -22,8 +22,9 @@ DEFAULT_TASKS = ("lambada_openai", "arc_easy", "piqa", "winogrande", "hellaswag"
 """What `default` means where no data directory is given: light tasks of lm-eval's, whose data the hub gives."""
 LOCAL = Path(__file__).with_name("tasks_jsonl")
 """Tasks that read JSONL files of the user's."""
-CONTEXT = 2048
-"""Tokens of prompt and answer that a task may take on a served model, unless the model has fewer."""
+CONTEXT = 4096
+"""Tokens of prompt and answer that a task may take on a served model, unless the model has fewer; lm-eval cuts longer
+prompts at their beginning."""
 
 
 def evaluate_tasks(
@@ -66,10 +67,11 @@ def compare_tasks(
     progress = progress or Quiet()
     progress.start("loading tasks", 1)
     loaded = load_tasks(_specs(tasks, None if data is None else Path(data)))
-    context = min(CONTEXT, pair.context() or CONTEXT)
+    limited = min(CONTEXT, pair.context() or CONTEXT)
+    context = None if pair.serving is None else limited
     found: dict[str, list[Any]] = {name: [] for name in loaded}
     for side in SIDES:
-        with pair.open(side, context, progress) as subject:
+        with pair.open(side, limited, progress) as subject:
             progress.start(f"tasks, {LABELS[side]}", len(loaded))
             for name, task in loaded.items():
                 options: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import subject
 from halfbyte.evaluate.pair import Pair, Serving
 from halfbyte.evaluate.subject import Loaded, stop_tokens
@@ -119,3 +120,10 @@ def test_an_answer_ends_at_every_end_that_is_stated():
         eos_token_id = (9, 2)
 
     assert stop_tokens(tiny_tokenizer(), Config(), object()) == [2, 9]
+
+
+def test_out_of_memory_is_one_line(model):
+    pair = Pair(model, model, tiny_tokenizer(), ("a", "b"))
+    with pytest.raises(HalfbyteError, match="4,096 tokens at a time do not fit"):
+        with pair.open("model", 4096, Quiet()):
+            raise torch.OutOfMemoryError

@@ -70,6 +70,16 @@ def rambling() -> Any:
     return lambda self, prompts, *_: next(said)
 
 
+def test_both_models_end_their_answers_where_the_model_says(tmp_path: Path) -> None:
+    from halfbyte import Recipe, quantize
+    from halfbyte.artifact import load_fake_quantized
+
+    model = make_tiny("llama", tmp_path / "tiny")
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    quantize(str(model), Recipe(method="rtn", group_size=32), tmp_path / "made")
+    assert load_fake_quantized(tmp_path / "made").generation_config.eos_token_id == [2, 4]
+
+
 def test_what_does_not_go_together(refused: Any, made: Path, questions: Path, tmp_path: Path, no_vllm: None) -> None:
     assert "go together" in refused(2, "eval", made, "--chat", questions)
     assert "go together" in refused(2, "eval", made, "--judge", "http://x", "--judge-model", "y")
