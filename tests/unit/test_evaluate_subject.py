@@ -12,7 +12,7 @@ from halfbyte.evaluate import subject
 from halfbyte.evaluate.pair import Pair, Serving
 from halfbyte.evaluate.subject import Loaded, stop_tokens
 from halfbyte.types import Quiet
-from tests.tiny import make_tiny, tiny_tokenizer
+from tests.tiny import FAMILIES, make_tiny, tiny_tokenizer
 from tests.unit.stand_in import service, vllm_of
 
 LENGTHS = (20, 7, 20, 1)
@@ -21,11 +21,6 @@ LENGTHS = (20, 7, 20, 1)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny("llama", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def sliding(tmp_path_factory):
-    return tiny("gemma3", tmp_path_factory)
 
 
 def tiny(family, tmp_path_factory):
@@ -94,12 +89,14 @@ def test_log_likelihoods_in_pieces(asked, model, prompts, monkeypatch):
         np.testing.assert_allclose(values, p[range(len(window) - 1), window[1:]].numpy(), atol=1e-4)
 
 
-def test_pieces_of_a_model_with_sliding_windows(sliding, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_of_every_family(family, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(subject, "PIECE", 8)
+    model = tiny(family, tmp_path_factory)
     window = list(range(60, 120))
     with torch.inference_mode():
-        p = sliding(torch.tensor([window])).logits[0].log_softmax(-1)
-    found = Loaded(sliding, tiny_tokenizer())
+        p = model(torch.tensor([window])).logits[0].log_softmax(-1)
+    found = Loaded(model, tiny_tokenizer())
     np.testing.assert_allclose(found.logliks([window])[0], p[range(59), window[1:]].numpy(), atol=1e-4)
     assert found.choose([window], range(5, 261)) == [5 + int(p[-1, 5:261].argmax())]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.metrics import bleu_statistics
 from halfbyte.evaluate.pair import Pair, Serving
 from halfbyte.evaluate.tasks import evaluate_tasks, local_tasks, write_tasks
 from tests.tiny import make_tiny, tiny_tokenizer
@@ -138,3 +140,12 @@ def test_tasks_that_are_not_there(models, tokenizer, data, tmp_path):
     ):
         with pytest.raises(UsageError, match=says):
             evaluate_tasks(pair, tasks, data=place)
+
+
+def test_a_missing_extra_is_one_line(models, tokenizer, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[eval\]'"):
+        evaluate_tasks(Pair(*models[1], tokenizer, ("base", "tiny")), data=data)
+    with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[eval\]'"):
+        bleu_statistics("a", ["a"])
