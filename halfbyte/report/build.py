@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import resources
 from pathlib import Path
@@ -64,10 +65,12 @@ def fence(value: object) -> str:
     return f"{ticks}\n{body}\n{ticks}"
 
 
+@functools.cache
 def html_environment() -> jinja2.Environment:
     return jinja2.Environment(loader=_Templates(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)
 
 
+@functools.cache
 def markdown_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=_Templates(), autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True

@@ -15,11 +15,17 @@ Value = tuple[float | None, float | None, float | None]
 Show = Callable[[float], str]
 FIELD = 270
 """Pixels of the field's width on the narrowest screen that is cared for."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels."""
+LINE = 13
+"""Pixels of a label's line."""
+SHIFTS = [0, *(sign * step for step in range(4, 120, 4) for sign in (1, -1))]
+"""How far a label is moved down (or up) from its point, in pixels, the least first."""
 LETTER = 6.6
 """Pixels of a letter, at most."""
 HEIGHT = 210
-LARGE, SMALL = 300, 150
-"""Heights of a plane: one with many points, one with two at most."""
+LARGE, SMALL = (300, 430), (150, 210)
+"""Height and (about) width of a plane with many points, and of one with two at most."""
 LOG_FROM = 40
 """A ratio of largest to smallest value from which on an axis is logarithmic."""
 SHAPES = {
@@ -164,13 +170,14 @@ def scatter(
     up = up if spread else Axis(up.low - 0.05 * (up.high - up.low), up.high)
     across = axis([x for p in points for x in p.x if x is not None], zero=False)
     marks = [mark for p in points for mark in [_point(p, across, up)] if mark]
-    height = SMALL if len(marks) <= 2 else LARGE
-    spread_labels(marks, height)
+    height, width = SMALL if len(marks) <= 2 else LARGE
+    spread_labels(marks, height, width)
     ticks = [grain * tick for tick in nice_ticks(across.low / grain, across.high / grain, 4)]
     front = sorted({(mark["x"], mark["y"]) for mark in marks if mark["front"]})
     return {
         **_frame(title, up, show[1], names, rules, marks),
         "height": height,
+        "crowded": len(marks) > 4,
         "columns": _columns([show[0](x) for x in ticks], [across.place(x) for x in ticks], grid=True),
         "curves": [{"points": " ".join(f"{x},{y}" for x, y in front), "class": "front"}] if len(front) > 1 else [],
         "bands": [],
@@ -312,22 +319,35 @@ def _point(point: Point, across: Axis, up: Axis) -> dict[str, Any] | None:
     return {**mark, "label": point.name, "front": point.front, "title": point.title or point.name}
 
 
-def spread_labels(marks: list[dict[str, Any]], height: int, width: int = 520, line: int = 14) -> None:
-    """Set each mark's `dy` (pixels down from its point) and `side`, so that labels do not lie on one another.
+def spread_labels(marks: list[dict[str, Any]], height: int, width: int) -> None:
+    """Set each mark's `dy` (pixels down from its point) and `side`, so that labels do not lie on one another or on
+    points. A label stands right of its point, left where the field ends, and is moved up or down as little as need be.
 
-    Labels stand right of their points, left of those near the right edge. `width` is the field's on a wide screen.
+    `height` and `width` are the field's.
     """
-    placed: list[tuple[float, float, float]] = []
-    for mark in sorted(marks, key=lambda m: (m["y"], m["x"])):
-        x, y, wide = mark["x"] / 100 * width, mark["y"] / 100 * height, LETTER * len(mark["label"]) + 12
-        mark["side"] = "end" if x + wide > width and x > wide else "start"
-        begin = x - wide if mark["side"] == "end" else x
-        at = y
-        for other, other_begin, other_wide in sorted(placed):
-            if abs(other - at) < line and begin < other_begin + other_wide and other_begin < begin + wide:
-                at = other + line
-        placed.append((at, begin, wide))
-        mark["dy"] = round(at - y + 4, 1)
+    spots = [(mark["x"] / 100 * width, mark["y"] / 100 * height) for mark in marks]
+    taken: list[Box] = [(x - 7, y - 6, x + 7, y + 6) for x, y in spots]
+    for index in sorted(range(len(marks)), key=lambda i: (spots[i][1], spots[i][0])):
+        (x, y), wide = spots[index], LETTER * len(marks[index]["label"])
+        sides = [side for side, fits in (("start", x + wide + 12 <= width), ("end", x >= wide + 12)) if fits] or [
+            "start"
+        ]
+        places = [(step, side) for step in SHIFTS for side in sides if LINE / 2 <= y + step <= height - LINE / 2]
+        boxes = {place: _label_box(x, y + place[0], wide, place[1]) for place in places or [(0, sides[0])]}
+        others = taken[:index] + taken[index + 1 :]
+        free = (place for place in boxes if not any(_overlap(boxes[place], box) for box in others))
+        step, side = next(free, next(iter(boxes)))
+        taken.append(boxes[(step, side)])
+        marks[index] |= {"dy": step + 4, "side": side}
+
+
+def _label_box(x: float, y: float, wide: float, side: str) -> Box:
+    begin = x + 10 if side == "start" else x - 10 - wide
+    return begin, y - LINE / 2, begin + wide, y + LINE / 2
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _entry(name: str, look: str, shape: str, dashed: bool = False) -> dict[str, Any]:

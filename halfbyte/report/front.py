@@ -63,8 +63,8 @@ def front_section(
     if not drawn:
         return None
     notes = [
-        "Down is closer to BF16; the dashed level is BF16 against itself, below which no difference means anything."
-        + " Ringed: nothing is better in both." * (len(made) > 1),
+        "Up: KL divergence from BF16, nats a token, lower is closer. The dashed level is BF16 against itself: below it "
+        "no difference means anything." + " Ringed: nothing is better in both." * (len(made) > 1),
         *(["Speed was not measured, so bytes stand in for it."] if not panels else []),
     ]
     title = "What is lost against what is gained" if panels else "What is lost against what it weighs"
@@ -83,7 +83,7 @@ def _speed_panel(
         dots.append(
             Point("BF16", base.rates[panel], base.kl, *BASE, title=f"BF16: {count(base.rates[panel][0])} tokens/s")
         )
-    names = ("KL to BF16, nats a token", "output tokens a second")
+    names = ("KL, nats", "output tokens a second")
     return scatter(
         panel_words(panel), dots, (count, significant2), names=names, rules=_floor(floor), legend=legend(here)
     )
@@ -95,7 +95,7 @@ def _byte_panel(made: Sequence[Candidate], base: Candidate | None, floor: float 
     dots = [_dot(one, (one.bytes, None, None), best[i], size(one.bytes)) for i, one in enumerate(here)]
     if base and base.bytes is not None:
         dots.append(Point("BF16", (base.bytes, None, None), base.kl, *BASE, title=f"BF16: {size(base.bytes)}"))
-    names = ("KL to BF16, nats a token", "bytes of the checkpoint")
+    names = ("KL, nats", "bytes of the checkpoint")
     grain = next(
         (unit for unit in (2**40, 2**30, 2**20, 2**10) if max((one.bytes or 0 for one in here), default=0) >= unit), 1
     )

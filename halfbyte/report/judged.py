@@ -47,8 +47,7 @@ def gates(sources: Sources) -> Section | Missing:
     """Each gate with its limit, what was measured, and what is to spare."""
     rows = [mapping(gate) for gate in listing(sources.gates.get("gates"))]
     if not rows:
-        on, model = sources.platform, sources.baseline
-        return Missing("Gates", "No gates were applied", f"halfbyte run {model} --on {on} -o DIR --gate ppl=+5%")
+        return Missing("Gates", "No gates were applied", sources.command("gates"))
     bound = binding(rows)
     columns = [
         left("Gate"),

@@ -39,8 +39,7 @@ def long_context(sources: Sources) -> Section | Missing:
     retrieval = [mapping(row) for row in listing(found.get("retrieval"))]
     buckets = [mapping(row) for row in listing(found.get("perplexity"))]
     if not retrieval and not buckets:
-        command = f"halfbyte eval {sources.artifact} --long-context -o {sources.results}"
-        return Missing("Long context", "Not measured", command)
+        return Missing("Long context", "Not measured", sources.command("long_context"))
     blocks: list[Block] = [*_drift(found), *_lost(found, retrieval), *_retrieval(retrieval), *_perplexity(buckets)]
     blocks += [
         Words(f"{setting(name)}: {text(why)}.", soft=True) for name, why in mapping(found.get("not_measured")).items()

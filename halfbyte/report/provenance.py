@@ -15,7 +15,6 @@ from halfbyte.report.blocks import (
     Missing,
     Pairs,
     Section,
-    Table,
     Words,
     left,
     table,
@@ -108,19 +107,17 @@ def _recipes(sources: Sources, recipe: dict[str, Any]) -> list[Block]:
     made = mapping(sources.manifest.get("recipe"))
     blocks: list[Block] = [Heading("Recipe"), Facts(flat(recipe))] if recipe else []
     if planned and made:
-        shared = [flat({k: v for k, v in one.items() if k in planned and k in made}) for one in (planned, made)]
-        differ = differences({"Planned": dict(shared[0]), "Made": dict(shared[1])})
-        if differ:
-            blocks += [Heading("Where the artifact's recipe differs from the plan's"), differ]
+        both = [dict(flat({k: v for k, v in one.items() if k in planned and k in made})) for one in (planned, made)]
+        rows = [[Cell(key, code=True), *(one.get(key, "–") for one in both)] for key in differing_keys(both)]
+        told = table([left("Key"), left("Planned"), left("Made")], rows)
+        blocks += [Heading("Where the artifact's recipe differs from the plan's"), told] if rows else []
     return blocks
 
 
-def differences(recipes: Mapping[str, Mapping[str, str]]) -> Table | None:
-    """Keys that are not the same in all of the named recipes, a column for each; None where all are equal."""
-    keys = list(dict.fromkeys(key for recipe in recipes.values() for key in recipe))
-    rows = [[key, *(recipe.get(key, "–") for recipe in recipes.values())] for key in keys]
-    apart = [[Cell(row[0], code=True), *row[1:]] for row in rows if len(set(row[1:])) > 1]
-    return table([left("Key"), *(left(name) for name in recipes)], apart) if apart else None
+def differing_keys(recipes: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys that are not the same in all recipes."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
 
 
 def _calibration(sources: Sources) -> list[Block]:
@@ -139,9 +136,7 @@ def missing_calibration(sources: Sources) -> Missing | None:
     """Said beside the other missing results, where nothing tells what the artifact was calibrated on."""
     if sources.calibration or mapping(sources.manifest.get("calibration")) or sources.alone:
         return None
-    return Missing(
-        "Calibration", "No calibration manifest here", f"halfbyte calibrate -m {sources.baseline} -o calibration"
-    )
+    return Missing("Calibration", "No calibration manifest here", sources.command("calibration"))
 
 
 def flat(tree: Mapping[str, Any], skip: Sequence[str] = (), above: str = "") -> Pairs:

@@ -45,12 +45,12 @@ def fidelity(sources: Sources) -> Section | Missing:
     evaluation = sources.evaluation
     metrics, floor = mapping(evaluation.get("metrics")), mapping(evaluation.get("noise_floor"))
     if not metrics:
-        return Missing("Fidelity to BF16", "Not measured", f"halfbyte eval {sources.artifact} -o {sources.results}")
+        return Missing("Fidelity to BF16", "Not measured", sources.command("evaluation"))
     columns = [
         left("Measure", wide=True),
         right("Value"),
-        right(f"{level(evaluation)} interval"),
-        right("Noise floor", wide=True),
+        right(f"{level(evaluation)} interval", wide=True),
+        right("Noise floor"),
     ]
     rows = [
         [label, Cell(shown(metrics[name], show), bold=True), between(metrics[name], show), shown(floor.get(name), show)]
@@ -58,7 +58,7 @@ def fidelity(sources: Sources) -> Section | Missing:
         if name in metrics
     ]
     notes = [Words(note, soft=True) for note in _notes(evaluation, floor)]
-    return Section("fidelity", "Fidelity: how close to BF16", [table(columns, rows, stack=True), *notes], "Fidelity")
+    return Section("fidelity", "Fidelity: how close to BF16", [table(columns, rows), *notes], "Fidelity")
 
 
 def level(result: dict[str, Any]) -> str:
@@ -97,8 +97,8 @@ def where(sources: Sources) -> Section | Missing | None:
         *_spread(evaluation),
     ]
     if not blocks:
-        redo = f"halfbyte eval {sources.artifact} -o {sources.results}"
-        return Missing("Where the two differ (position, confidence, worst tokens)", "Not measured", redo)
+        what = "Where the two differ (position, confidence, worst tokens)"
+        return Missing(what, "Not measured", sources.command("evaluation"))
     return Section("where", "Where the two differ", [*blocks, *_worst(evaluation)], "Where they differ")
 
 

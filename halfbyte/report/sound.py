@@ -25,8 +25,7 @@ def stability(sources: Sources) -> Section | Missing:
     """Long generations and sustained load."""
     found = sources.stability
     if not found:
-        line = f"halfbyte bench {sources.artifact} --on {sources.platform} --stability -o {sources.results}"
-        return Missing("Stability", "Not measured", line)
+        return Missing("Stability", "Not measured", sources.command("stability"))
     load, good = mapping(found.get("load")), found.get("ok")
     word = ("stable", "passed") if good else ("not stable", "failed") if good is False else ("not known", "open")
     amount = plural(int(number(found.get("generations")) or 0), "long generation")
@@ -66,9 +65,7 @@ def served(sources: Sources) -> Section | Missing:
     """What real vLLM computed, beside the same weights in transformers."""
     found = sources.served
     if not found:
-        return Missing(
-            "Served by vLLM", "Not served", f"halfbyte check {sources.artifact} --serve -o {sources.results}"
-        )
+        return Missing("Served by vLLM", "Not served", sources.command("served"))
     reported, artifact = (number(found.get(key)) for key in ("weight_gib_reported", "artifact_gib"))
     facts = Facts(
         [
@@ -96,7 +93,7 @@ def check(sources: Sources) -> Section | Missing:
     """The artifact's structure, values and hashes."""
     found = sources.check
     if not found:
-        return Missing("The files, checked", "Not checked", f"halfbyte check {sources.artifact} -o {sources.results}")
+        return Missing("The files, checked", "Not checked", sources.command("check"))
     findings = [mapping(finding) for finding in listing(found.get("findings"))]
     amount = f"{text(found.get('tensors'))} tensors, {size(found.get('bytes'))}"
     if found.get("ok"):

@@ -26,6 +26,20 @@ FILES: dict[str, tuple[str, ...]] = {
     "manifest": ("model/halfbyte.json", "halfbyte.json"),
 }
 """Where each result stands; the manifest also directly, so that a report can be made of an artifact alone."""
+COMMANDS = {
+    "gates": "halfbyte run {baseline} --on {platform} -o DIR --gate ppl=+5%",
+    "evaluation": "halfbyte eval {artifact} -o {results}",
+    "tasks": "halfbyte eval {artifact} --tasks default -o {results}",
+    "long_context": "halfbyte eval {artifact} --long-context -o {results}",
+    "bench": "halfbyte bench {artifact} --on {platform} -o {results}",
+    "stability": "halfbyte bench {artifact} --on {platform} --stability -o {results}",
+    "served": "halfbyte check {artifact} --serve -o {results}",
+    "check": "halfbyte check {artifact} -o {results}",
+    "plan": "halfbyte plan {baseline} --on {platform} --format json > plan.json",
+    "manifest": "halfbyte quantize {baseline} -r RECIPE -o DIR",
+    "calibration": "halfbyte calibrate -m {baseline} -o calibration",
+}
+"""What makes each result, in the run's directory."""
 BENCHES = "bench*.json"
 """bench.json, or one for each platform."""
 
@@ -66,6 +80,11 @@ class Sources:
         """Where commands put what they measure, as seen from there."""
         return f"{self.artifact}-results" if self.alone else "."
 
+    def command(self, result: str) -> str:
+        """The command that makes one of COMMANDS' results here."""
+        places = {"artifact": self.artifact, "results": self.results, "platform": self.platform}
+        return COMMANDS[result].format(baseline=self.baseline, **places)
+
     @property
     def baseline(self) -> str:
         """The BF16 model as the user named it."""
@@ -94,7 +113,11 @@ def read_sources(run_dir: Path) -> Sources:
         file = next((run_dir / place for place in places if (run_dir / place).is_file()), None)
         if file is not None and (value := _noted(file, run_dir, problems)) is not None:
             found[name] = value
-    benches = tuple(b for file in sorted(run_dir.glob(BENCHES)) if (b := _noted(file, run_dir, problems)) is not None)
+    benches = tuple(
+        b
+        for file in sorted(run_dir.glob(BENCHES), key=lambda f: (len(f.name), f.name))
+        if (b := _noted(file, run_dir, problems)) is not None
+    )
     if not found and not benches and not problems:
         names = ", ".join(places[0] for places in FILES.values())
         raise UsageError(f"{run_dir} holds no results ({names}): run `halfbyte run` first")

@@ -39,8 +39,7 @@ def speed(sources: Sources) -> Section | Missing:
     """Throughput, latency and memory of every platform that was measured."""
     benches = [bench for bench in sources.benches if points_of(bench)]
     if not benches:
-        command = f"halfbyte bench {sources.artifact} --on {sources.platform} -o {sources.results}"
-        return Missing("Speed, latency, memory in use", "Not measured", command)
+        return Missing("Speed, latency, memory in use", "Not measured", sources.command("bench"))
     goal = _goal(sources)
     return Section(
         "speed", "Speed against BF16", [block for bench in benches for block in _bench(bench, goal)], "Speed"
@@ -158,7 +157,7 @@ def _latency(points: list[dict[str, Any]]) -> list[Block]:
                 rows.append([f"{number(point.get('concurrency')):g}", label, *cells])
     columns = [right("At once"), left(""), *(right(f"{label}, ms", wide=True) for label in LATENCIES.values())]
     heading = Heading("Latency: median / 95th / 99th percentile")
-    return [heading, table(columns, rows, stack=True)] if rows else []
+    return [heading, table(columns, rows)] if rows else []
 
 
 def _three(found: dict[str, Any]) -> str:

@@ -25,11 +25,11 @@ from halfbyte.report.blocks import (
 from halfbyte.report.build import SWEEP, write_page
 from halfbyte.report.front import Candidate, Panel, cell_rates, front_section, panel_words
 from halfbyte.report.judged import VERDICTS, binding_words
-from halfbyte.report.provenance import differences as differences_by_recipe
-from halfbyte.report.provenance import flat
+from halfbyte.report.provenance import differing_keys, flat
 from halfbyte.report.sources import read_result
 from halfbyte.report.words import (
     MISSING,
+    between,
     change,
     command,
     count,
@@ -113,11 +113,10 @@ def sweep_page(result: dict[str, Any]) -> Page:
 
 
 def _front(result: dict[str, Any], judged: list[dict[str, Any]]) -> Section | None:
-    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for cell in judged:
-        grouped.setdefault((cell.get("bytes"), _kl(cell, "value"), cell.get("same_as") or cell.get("name")), []).append(
-            cell
-        )
+        key = [cell.get("bytes"), _kl(cell, "value"), cell.get("same_as") or cell.get("name")]
+        grouped.setdefault(str(key), []).append(cell)
     made = []
     for group in grouped.values():
         first = group[0]
@@ -135,23 +134,19 @@ def _base(judged: list[dict[str, Any]]) -> Candidate | None:
 
 def _matrix(result: dict[str, Any], judged: list[dict[str, Any]], failed: list[dict[str, Any]]) -> Section:
     panels = sorted({panel for cell in judged for panel in cell_rates(cell)}, key=lambda p: (p[0], p[1] or 0))
+    speeds = [f"Tokens/s, {panel_words(panel)}" if panel[0] else "Tokens/s" for panel in panels] or ["Tokens/s"]
     columns = [
         right("Rank"),
-        left("Cell"),
-        left("Method"),
-        right("Group"),
-        left("In BF16", wide=True),
-        right("Bits/weight"),
-        right("Size"),
+        left("Cell", wide=True),
+        left("Gates"),
         right("KL"),
-        right("Interval"),
         right("Perplexity"),
         right("Same token"),
-        *(
-            [right(f"Tokens/s, {panel_words(panel)}" if panel[0] else "Tokens/s") for panel in panels]
-            or [right("Tokens/s")]
-        ),
-        left("Gates"),
+        right("Bits/weight"),
+        right("Size"),
+        *map(right, speeds),
+        left("Method"),
+        left("In BF16"),
         left("Front"),
     ]
     blocks: list[Block] = [Words("No cell was judged.")]
@@ -173,37 +168,35 @@ def _matrix(result: dict[str, Any], judged: list[dict[str, Any]], failed: list[d
 def _row(cell: dict[str, Any], panels: list[Panel]) -> list[Cell | str]:
     metrics, rates = mapping(dig(cell, "eval", "metrics")), cell_rates(cell)
     verdict = text(dig(cell, "gates", "verdict"))
-    same = cell.get("same_as")
+    same, groups = cell.get("same_as"), "/".join(text(group) for group in listing(cell.get("groups")))
     notes = [f"same bytes as {text(same)}"] * bool(same) + ["not portable"] * (not cell.get("portable"))
-    speeds = [MISSING if panel not in rates else count(rates[panel][0]) for panel in panels] or [MISSING]
+    known = [count(rates[panel][0]) if panel in rates else "" for panel in panels] or [""]
+    speeds = [Cell(words, note="" if words else MISSING) for words in known]
     return [
         text(cell.get("rank")),
         Cell(text(cell.get("name")), note=", ".join(notes)),
-        text(dig(cell, "recipe", "method")).upper(),
-        "/".join(text(group) for group in listing(cell.get("groups"))),
-        exemption_words(cell),
-        significant(cell.get("bits_per_linear_weight"), 3),
-        size(cell.get("bytes")),
-        Cell(significant(_kl(cell, "value"), 3), bold=True),
-        f"{significant(_kl(cell, 'low'), 3)} to {significant(_kl(cell, 'high'), 3)}",
+        Cell(verdict, status=VERDICTS.get(verdict, ("", "open"))[1]),
+        Cell(significant(_kl(cell, "value"), 3), note=between(dig(metrics, "kl_mean"), lambda x: significant(x, 3))),
         shown(metrics.get("ppl_ratio"), change),
         percent(dig(metrics, "top1", "value")),
+        significant(cell.get("bits_per_linear_weight"), 3),
+        size(cell.get("bytes")),
         *speeds,
-        Cell(verdict, status=VERDICTS.get(verdict, ("", "open"))[1]),
+        Cell(text(dig(cell, "recipe", "method")).upper(), note=f"group {groups}" if groups else ""),
+        exemption_words(cell),
         "yes" if cell.get("pareto") else "–",
     ]
 
 
 def _differences(judged: list[dict[str, Any]]) -> Section | None:
     recipes = {text(cell.get("name")): dict(flat(mapping(cell.get("recipe")))) for cell in judged}
-    differ = differences_by_recipe(recipes)
-    if differ is None:
+    keys = differing_keys(list(recipes.values()))
+    if not keys:
         return None
+    rows = [[name, *(recipe.get(key, "–") for key in keys)] for name, recipe in recipes.items()]
+    note = Words("Keys that all have in common are left out.", soft=True)
     return Section(
-        "recipes",
-        "Where the recipes differ",
-        [differ, Words("Keys that all have in common are left out.", soft=True)],
-        "Recipes",
+        "recipes", "Where the recipes differ", [table([left("Cell"), *map(left, keys)], rows), note], "Recipes"
     )
 
 

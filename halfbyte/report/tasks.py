@@ -29,8 +29,7 @@ def tasks(sources: Sources) -> Section | Missing:
     found = sources.tasks
     rows = [mapping(row) for row in listing(found.get("tasks"))]
     if not rows:
-        command = f"halfbyte eval {sources.artifact} --tasks default -o {sources.results}"
-        return Missing("Tasks", "Not measured", command)
+        return Missing("Tasks", "Not measured", sources.command("tasks"))
     average = mapping(found.get("average"))
     reach = max(
         [abs(x) for row in [*rows, average] for x in measure(row.get("difference")) if x is not None], default=0

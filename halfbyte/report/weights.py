@@ -16,7 +16,7 @@ def byte_section(sources: Sources) -> Section | Missing:
     """Two bars on one scale and the table of their parts, exemptions and group sizes."""
     drawn = plots.byte_bars(sources.plan)
     if drawn is None:
-        return Missing("Bytes by component", PLAN, plan_command(sources))
+        return Missing("Bytes by component", PLAN, sources.command("plan"))
     rows: list[list[Cell | str]] = [
         [Cell(row["label"], swatch=row["class"]), row["before"], row["after"], row["ratio"]] for row in drawn["rows"]
     ]
@@ -28,10 +28,6 @@ def byte_section(sources: Sources) -> Section | Missing:
         *_groups(sources.plan),
     ]
     return Section("bytes", "Bytes by component", blocks, "Bytes")
-
-
-def plan_command(sources: Sources) -> str:
-    return f"halfbyte plan {sources.baseline} --on {sources.platform} --format json > plan.json"
 
 
 def _exemptions(plan: dict[str, Any]) -> list[Block]:
@@ -98,7 +94,7 @@ def errors(sources: Sources) -> Section | Missing:
     alone = plots.heat_map(lone, "KL alone", _nats)
     if heat is None and alone is None:
         words = "Not measured: the artifact's manifest is not here, or holds no error of any linear"
-        return Missing("Error by depth and linear", words, f"halfbyte quantize {sources.baseline} -r RECIPE -o DIR")
+        return Missing("Error by depth and linear", words, sources.command("manifest"))
     blocks: list[Block] = []
     if heat:
         worst = [[Cell(row["name"], code=True), row["error"]] for row in plots.worst_linears(found)]
@@ -119,7 +115,7 @@ def _most_sensitive(sensitivity: dict[str, Any], most: int = 8) -> list[Block]:
     rows = sorted((r for r in rows if number(r.get("kl")) is not None), key=lambda r: -(number(r.get("kl")) or 0))[
         :most
     ]
-    columns = [left("Group"), right("KL alone, nats"), right("Interval"), right("Bytes, were it exempt")]
+    columns = [left("Group", wide=True), right("KL alone, nats"), right("Interval"), right("Bytes, were it exempt")]
     drawn = []
     for row in rows:
         ends = [number(row.get(key)) for key in ("low", "high")]

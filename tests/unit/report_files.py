@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,16 @@ def by_token() -> dict[str, Any]:
         ("The treaty was signed in the city of", " Ghent", " Paris", " Vienna", 6.1),
         ("for i in range(10):\n\tprint(", "i", "i", '"', 4.4),
         ("an HTML page may begin with", "<script>", "<script>", " a", 3.9),
-        ("the mass of the electron is 9.1093837 times ten to the power of minus thirty-one kilograms, while " * 3, " the", " the", " a", 3.2),
+        ("the mass of the electron is about 9.1e-31 kilograms, " * 3, " it", " the", " a", 3.2),
     ]  # fmt: skip
     return {
         "by_position": [
             {"from": a, "to": b, "kl": around(0.19 - 0.02 * i), "top1": around(0.78 + 0.012 * i, 0.01)}
-            for i, (a, b) in enumerate(zip(ends, ends[1:]))
+            for i, (a, b) in enumerate(pairwise(ends))
         ],
         "by_confidence": [
-            {"from": a, "to": b, "tokens": 2000 + 700 * i, "kl": around(0.24 - 0.036 * i), "top1": around(0.55 + 0.08 * i, 0.03)}
-            for i, (a, b) in enumerate(zip(shares, shares[1:]))
+            {"from": a, "to": b, "tokens": 2000 + i, "kl": around(0.24 - i / 28), "top1": around(0.55 + i / 12, 0.03)}
+            for i, (a, b) in enumerate(pairwise(shares))
         ],
         "kl_histogram": {"edges": edges, "counts": [310, 900, 1800, 3600, 4500, 4700, 3200, 1150, 260, 20]},
         "worst": [
@@ -227,7 +228,7 @@ def tasks() -> dict[str, Any]:
                 "difference": {"value": moved, "low": moved - half, "high": moved + half},
                 "recovery": around(mine / base, 0.03),
                 "flips": flips,
-                "length": length and {"baseline": length[0], "model": length[1], "ratio": around(length[1] / length[0])},
+                "length": length and {**dict(zip(("baseline", "model"), length)), "ratio": around(1.06)},
             }
             for name, metric, items, base, mine, moved, half, flips, length in rows
         ],
@@ -259,7 +260,7 @@ def long_context() -> dict[str, Any]:
                 for i, n in enumerate(lengths)
                 for depth in (0.1, 0.5, 0.9)
             ),
-            *({"task": "variables", "length": n, "depth": None, "scores": scores(0.8, i)} for i, n in enumerate(lengths)),
+            *({"task": "values", "length": n, "depth": None, "scores": scores(0.8, i)} for i, n in enumerate(lengths)),
         ],
         "perplexity": [
             {
@@ -304,7 +305,12 @@ def bench(platform: str = "h100", hardware: str = "NVIDIA H100 80GB HBM3", best:
                 "speedup": around(gain, 0.02),
             }
         )
-    points[-1]["baseline"] = {"status": "out of memory", "reason": "no room for the KV cache", "completed": 0, "failed": 512}
+    points[-1]["baseline"] = {
+        "status": "out of memory",
+        "reason": "no room for the KV cache",
+        "completed": 0,
+        "failed": 512,
+    }
     points[-1]["speedup"] = None
     return {
         "schema": 1,
@@ -317,7 +323,7 @@ def bench(platform: str = "h100", hardware: str = "NVIDIA H100 80GB HBM3", best:
         "repeats": 3,
         "points": points,
         "memory": {
-            "baseline": {"weight_bytes": 16_060_522_496, "kv_cache_tokens": 412_000, "peak_device_bytes": 74_000_000_000},
+            "baseline": {"weight_bytes": 16_060_522_496, "kv_cache_tokens": 412_000, "peak_device_bytes": 74 * 10**9},
             "model": {"weight_bytes": 5_700_000_000, "kv_cache_tokens": 498_000, "peak_device_bytes": None},
         },
         "commands": [
@@ -396,7 +402,9 @@ def sensitivity() -> dict[str, Any]:
                 continue
             kl = 0.0004 + 0.0003 * index + 0.004 / (1 + block) + 0.0001 * ((block * 5 + index) % 7)
             group = f"model.layers.{block}.{part}.{kind}"
-            rows.append({"group": group, "names": names, "kl": kl, "low": 0.9 * kl, "high": 1.1 * kl, "bytes_added": 900_000})
+            rows.append(
+                {"group": group, "names": names, "kl": kl, "low": 0.9 * kl, "high": 1.1 * kl, "bytes_added": 900_000}
+            )
     return {"schema": 1, "kind": "sensitivity", "groups": rows, "exempt": exempt}  # fmt: skip
 
 
@@ -491,6 +499,69 @@ def calibration() -> dict[str, Any]:
         "sha256": "ef" * 32,
         "seed": 0,
     }
+
+
+def sweep() -> dict[str, Any]:
+    """sweep.json of six cells: two of the same bytes, one that failed, all but one benchmarked on two platforms."""
+    made = [
+        ("A1", "nvfp4", "modelopt", 16, 4.5, 116, 0.128, False),
+        ("A2", "nvfp4", "modelopt", 16, 4.5, 116, 0.128, False),
+        ("B1", "gptq", "gptq", 128, 4.16, 109, 0.131, True),
+        ("B3", "gptq", "gptq", 64, 4.36, 114, 0.105, True),
+        ("C1", "awq", "awq", 64, 4.42, 115, 0.118, True),
+    ]
+    cells = [
+        {
+            "name": name,
+            "status": "judged",
+            "rank": i + 1,
+            "pareto": name in ("B1", "B3"),
+            "same_as": "A1" if name == "A2" else None,
+            "recipe": {
+                "method": method,
+                "group_size": group,
+                "format": kept_as,
+                "boundary": {"blocks": 1, "keep": "nothing"},
+            },
+            "title": f"{method}, group {group}",
+            "groups": [group],
+            "exemptions": [{"reason": "ignore: lm_head", "linears": 1, "bytes_added": 0}],
+            "bytes": size * 1_000_000,
+            "bytes_bf16": 269_000_000,
+            "bits_per_linear_weight": bits,
+            "portable": portable,
+            "notices": [],
+            "bench": [bench("h100", best=2.2 - kl * 4), bench("mi325x", best=2 - kl * 4)] if name != "C1" else None,
+            "eval": {
+                "metrics": {
+                    "kl_mean": around(kl),
+                    "ppl_ratio": around(1 + kl, 0.01),
+                    "top1": around(0.85 - kl / 2, 0.01),
+                }
+            },
+            "gates": gates() if name == "B3" else {"verdict": "rejected", "gates": []},
+            "seconds": {"solving": 20.5, "shared": 0.0, "writing": 1.2, "evaluating": 35.0},
+        }
+        for i, (name, method, kept_as, group, bits, size, kl, portable) in enumerate(made)
+    ]
+    cells.append({"name": "broken", "status": "failed", "stage": "recipe", "reason": "awq holds no symmetric grid"})
+    return {
+        "schema": 1,
+        "kind": "sweep",
+        "halfbyte": "0.1.0",
+        "command": "halfbyte sweep smollm2-135m --matrix portable --on h100 --on mi325x -o sweep",
+        "model": {"name": "smollm2-135m", "sha256": "ab" * 32},
+        "matrix": {"name": "portable", "description": "six cells", "cells": [cell["name"] for cell in cells]},
+        "request": {"platforms": ["h100", "mi325x"]},
+        "calibration": [calibration()],
+        "text": {"source": "c4.txt", "tokens": 20440, "sha256": "cd" * 32},
+        "verdict": "accepted",
+        "best": {"cell": "B3", "path": "cells/B3", "accepted": True, "portable": True},
+        "ranking": {"by": "kl", "method": "paired bootstrap over windows", "noise_floor": 0.0011, "order": ["A1"]},
+        "cells": cells,
+        "sharing": {"cells": 6, "distinct": 4, "parts": 480, "distinct_parts": 360},
+        "seconds": {"calibration": 50.0, "statistics": 20.0, "solving": 82.0, "writing": 6.0, "total": 340.0},
+    }  # fmt: skip
 
 
 def write_run(directory: Path) -> Path:
