@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import os
@@ -28,9 +29,14 @@ BAD = (
 )
 
 
+@functools.cache
 def chromium() -> str | None:
-    """The browser: HALFBYTE_CHROMIUM, else the first on the PATH."""
-    return os.environ.get("HALFBYTE_CHROMIUM") or next((found for name in NAMES if (found := shutil.which(name))), None)
+    """The browser: HALFBYTE_CHROMIUM, else the first on the PATH that runs (some are mere stubs)."""
+    named = os.environ.get("HALFBYTE_CHROMIUM")
+    found = [named] if named else [place for name in NAMES if (place := shutil.which(name))]
+    return next(
+        (place for place in found if subprocess.run([place, "--version"], capture_output=True).returncode == 0), None
+    )
 
 
 pytestmark = pytest.mark.skipif(
