@@ -187,9 +187,14 @@ def scatter(
 
 
 def histogram(
-    title: str, edges: Sequence[str], counts: Sequence[float], show: Show, names: tuple[str, str]
+    title: str,
+    edges: Sequence[str],
+    counts: Sequence[float],
+    show: Show,
+    names: tuple[str, str],
+    ticks: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
-    """Bars of even width between named edges; None where all are empty."""
+    """Bars of even width between named edges; None where all are empty. `ticks`: other labels, "" for none."""
     if len(edges) != len(counts) + 1 or not any(counts):
         return None
     up = axis(list(counts))
@@ -207,7 +212,7 @@ def histogram(
     places = [round(i * width, 2) for i in range(len(edges))]
     return {
         **_frame(title, up, show, names, ()),
-        "columns": _columns(edges, places),
+        "columns": _ticked(ticks, places) if ticks else _columns(edges, places),
         "bars": bars,
         "curves": [],
         "bands": [],
@@ -251,6 +256,12 @@ def _columns(labels: Sequence[str], places: Sequence[float], grid: bool = False)
         {"x": x, "label": label if i % every == 0 else "", "grid": grid}
         for i, (x, label) in enumerate(zip(places, labels))
     ]
+
+
+def _ticked(labels: Sequence[str], places: Sequence[float]) -> list[dict[str, Any]]:
+    """Those labels that are not empty."""
+    named = [(label, place) for label, place in zip(labels, places) if label]
+    return _columns([label for label, _ in named], [place for _, place in named])
 
 
 def _runs(values: Sequence[Value]) -> list[list[int]]:

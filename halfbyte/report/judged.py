@@ -202,8 +202,7 @@ def _from_to(value: Any) -> str:
 
 def _effect(rung: dict[str, Any], name: str, show: Any) -> str:
     before, after = (number(dig(rung, side, name)) for side in ("before", "after"))
-    words = ["–" if x is None else show(x) for x in (before, after)]
-    return words[1] if before is None else " → ".join(words)
+    return "–" if after is None else " → ".join(show(x) for x in (before, after) if x is not None)
 
 
 def _limits(judgement: dict[str, Any]) -> dict[str, Any]:

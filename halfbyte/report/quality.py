@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ METRICS: tuple[tuple[str, str, Any], ...] = (
     ("flips", "Right in one, wrong in the other", percent),
     ("loglik_gap", "Log-likelihood lost a token, nats", significant),
 )
+FEW = 10
+"""Tokens that are shown unasked, and edges of a histogram that all have a label."""
 CONTEXT = 160
 """Characters of context that are shown before a token."""
 
@@ -168,12 +171,21 @@ def _spread(evaluation: dict[str, Any]) -> list[Block]:
     total = sum(x or 0 for x in counts)
     if not total:
         return []
-    labels = ["∞" if x is None else f"{x:.2g}" for x in edges]
+    labels = ["∞" if x is None else _edge(x) for x in edges]
     shares = [(x or 0) / total for x in counts]
-    chart = histogram("KL of single tokens", labels, shares, _tick_or_percent, ("share of tokens", "KL, nats"))
+    ticks = labels if len(edges) <= FEW else [label if _is_decade(x) else "" for x, label in zip(edges, labels)]
+    chart = histogram("KL of single tokens", labels, shares, _tick_or_percent, ("share of tokens", "KL, nats"), ticks)
     rows = [[f"{labels[i]} to {labels[i + 1]}", count(counts[i]), percent(share)] for i, share in enumerate(shares)]
     numbers = table([left("KL, nats"), right("Tokens"), right("Share")], rows, fold="The numbers")
     return [Heading("How KL is spread"), Charts([chart], numbers)] if chart else []
+
+
+def _edge(value: float) -> str:
+    return f"{value:.2g}".replace("e-0", "e-")
+
+
+def _is_decade(value: float | None) -> bool:
+    return value is not None and value > 0 and abs(math.log10(value) - round(math.log10(value))) < 1e-3
 
 
 def _tick_or_percent(value: float) -> str:
@@ -184,6 +196,7 @@ def _worst(evaluation: dict[str, Any]) -> list[Block]:
     rows = [mapping(row) for row in listing(evaluation.get("worst"))]
     if not rows:
         return []
+    drawn = [_worst_row(row) for row in rows]
     columns = [
         right("KL"),
         left("The text, and the token that came", wide=True),
@@ -193,9 +206,10 @@ def _worst(evaluation: dict[str, Any]) -> list[Block]:
     ]
     return [
         Heading("The tokens that differ most"),
-        table(columns, [_worst_row(row) for row in rows], stack=True),
+        table(columns, drawn[:FEW], stack=True),
+        *([table(columns, drawn[FEW:], stack=True, fold="More of them")] if drawn[FEW:] else []),
         Words(
-            "⏎ is a line end, ␣ a space. Under an expected token: the probability that BF16, then 4-bit gives it.",
+            "⏎ is a line end, ␣ a space. Beneath a token: the probability that BF16, then 4-bit gives it.",
             soft=True,
         ),
     ]
@@ -206,7 +220,7 @@ def _worst_row(row: dict[str, Any]) -> list[Cell | str]:
     before = "… " + before[-CONTEXT:] if len(before) > CONTEXT else before
     return [
         Cell(significant(row.get("kl"), 3), bold=True),
-        Cell(_token(row.get("token")), note=before, code=True),
+        Cell(_token(row.get("token")), note=" · ".join(filter(None, (before, _chances(row, "token")))), code=True),
         Cell(_token(row.get("baseline_top")), note=_chances(row, "baseline_top"), code=True),
         Cell(_token(row.get("model_top")), note=_chances(row, "model_top"), code=True),
         f"{text(row.get('window'))}, {text(row.get('position'))}",

@@ -11,9 +11,9 @@ from halfbyte.report.words import MISSING, change, dig, measure, percent, shown,
 
 Builder = Callable[[Sources], Section | Missing | None]
 SECTIONS: tuple[Builder, ...] = (
-    provenance.serve,
     judged.gates,
     judged.mitigation,
+    provenance.serve,
     front.run_front,
     quality.fidelity,
     quality.where,
@@ -56,7 +56,7 @@ def _facts(sources: Sources, missing: Sequence[Missing]) -> Pairs:
     told = [
         ("What bound", judged.binding_words(sources.gates)),
         ("What was done", judged.mitigation_words(sources)),
-        ("Not measured", ", ".join(one.what[:1].lower() + one.what[1:] for one in missing)),
+        ("Not measured", "; ".join(one.what[:1].lower() + one.what[1:] for one in missing)),
     ]
     return [(label, words) for label, words in told if words]
 

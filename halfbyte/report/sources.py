@@ -29,10 +29,10 @@ FILES: dict[str, tuple[str, ...]] = {
 COMMANDS = {
     "gates": "halfbyte run {baseline} --on {platform} -o DIR --gate ppl=+5%",
     "evaluation": "halfbyte eval {artifact} -o {results}",
-    "tasks": "halfbyte eval {artifact} --tasks default -o {results}",
+    "tasks": "halfbyte eval {artifact} --task default -o {results}",
     "long_context": "halfbyte eval {artifact} --long-context -o {results}",
     "bench": "halfbyte bench {artifact} --on {platform} -o {results}",
-    "stability": "halfbyte bench {artifact} --on {platform} --stability -o {results}",
+    "stability": "halfbyte bench {artifact} --on {platform} --stability 60 -o {results}",
     "served": "halfbyte check {artifact} --serve -o {results}",
     "check": "halfbyte check {artifact} -o {results}",
     "plan": "halfbyte plan {baseline} --on {platform} --format json > plan.json",

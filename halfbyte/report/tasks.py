@@ -126,7 +126,7 @@ def _row(row: dict[str, Any], reach: float) -> list[Cell | str]:
         Cell(bullet=difference_bullet(value, low, high, reach)),
         shown(row.get("recovery"), percent),
         "–" if number(row.get("flips")) is None else percent(row.get("flips")),
-        shown(ratio, lambda x: f"{x:.2f}×"),
+        Cell(shown(ratio, lambda x: f"{x:.2f}×"), note="rambles" if dig(row, "length", "passed") is False else ""),
     ]
 
 

@@ -195,9 +195,13 @@ def by_token() -> dict[str, Any]:
                 "token": token,
                 "baseline_top": base,
                 "model_top": mine,
-                "probabilities": {"baseline_top": [0.61, 0.02], "model_top": [0.04, 0.7]},
+                "probabilities": {
+                    "baseline_top": {"baseline": 0.61, "model": 0.02},
+                    "model_top": {"baseline": 0.04, "model": 0.7},
+                    "token": {"baseline": 0.2, "model": 0.001},
+                },
             }
-            for i, (context, token, base, mine, kl) in enumerate(worst)
+            for i, (context, token, base, mine, kl) in enumerate([*worst, *worst, *worst])
         ],
     }  # fmt: skip
 

@@ -121,7 +121,7 @@ def test_every_result_that_is_missing_has_its_command(tmp_path: Path) -> None:
     told = {one.command for one in page.missing}
     ready = {"artifact": "model", "results": ".", "platform": "cpu", "baseline": "/models/smollm2-135m"}
     assert told == {line.format(**ready) for name, line in COMMANDS.items() if name != "plan"}
-    assert dict(page.facts)["Not measured"].startswith("gates, fidelity to BF16, tasks, long context, speed")
+    assert dict(page.facts)["Not measured"].startswith("gates; fidelity to BF16; tasks; long context; speed")
     for written in (path.read_text() for path in build_report(run)):
         assert "halfbyte bench model --on cpu -o ." in written
 
