@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.report.blocks import Charts, Section, Words
-from halfbyte.report.chart import Point, Rule, Value, scatter
+from halfbyte.report.chart import Rule, Value
+from halfbyte.report.plane import Point, scatter
 from halfbyte.report.sources import Sources
 from halfbyte.report.speed import points_of
 from halfbyte.report.words import count, dig, listing, mapping, measure, number, significant, size, text

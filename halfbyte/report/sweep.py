@@ -8,7 +8,6 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.report.blocks import (
     Block,
-    Cell,
     Code,
     Facts,
     Heading,
@@ -23,16 +22,12 @@ from halfbyte.report.blocks import (
     table,
 )
 from halfbyte.report.build import SWEEP, write_page
-from halfbyte.report.front import Candidate, Panel, cell_rates, front_section, panel_words
+from halfbyte.report.front import Candidate, cell_rates, front_section
 from halfbyte.report.judged import VERDICTS, binding_words
-from halfbyte.report.provenance import differing_keys, flat
 from halfbyte.report.sources import read_result
+from halfbyte.report.sweep_cells import differences, kl_of, matrix
 from halfbyte.report.words import (
-    MISSING,
-    between,
-    change,
     command,
-    count,
     dig,
     listing,
     mapping,
@@ -40,17 +35,11 @@ from halfbyte.report.words import (
     number,
     percent,
     seconds,
-    shown,
     significant,
     size,
     text,
 )
 
-SHORT = {
-    "boundary block": "end blocks",
-    "boundary projection": "ends' o, down",
-    "tied to the embeddings": "lm_head",
-}
 STAGES = {
     "calibration": "Text: calibration and held out",
     "statistics": "Statistics, once for all cells",
@@ -93,8 +82,8 @@ def sweep_page(result: dict[str, Any]) -> Page:
     word, status = VERDICTS.get(str(result.get("verdict")), ("Not judged", "open"))
     sections = (
         _front(result, judged),
-        _matrix(result, judged, [cell for cell in cells if cell.get("status") != "judged"]),
-        _differences(judged),
+        matrix(result, judged, [cell for cell in cells if cell.get("status") != "judged"]),
+        differences(judged),
         _notices(cells),
         _cost(result, cells),
         Section("provenance", "Provenance", _provenance(result)),
@@ -115,7 +104,7 @@ def sweep_page(result: dict[str, Any]) -> Page:
 def _front(result: dict[str, Any], judged: list[dict[str, Any]]) -> Section | None:
     grouped: dict[str, list[dict[str, Any]]] = {}
     for cell in judged:
-        key = [cell.get("bytes"), _kl(cell, "value"), cell.get("same_as") or cell.get("name")]
+        key = [cell.get("bytes"), kl_of(cell, "value"), cell.get("same_as") or cell.get("name")]
         grouped.setdefault(str(key), []).append(cell)
     made = []
     for group in grouped.values():
@@ -130,74 +119,6 @@ def _base(judged: list[dict[str, Any]]) -> Candidate | None:
     """BF16, where a cell was benchmarked beside it; its bytes would squeeze the others into a corner."""
     rates = next((found for cell in judged if (found := cell_rates(cell, "baseline"))), None)
     return Candidate("BF16", "", (0.0, None, None), None, rates) if rates else None
-
-
-def _matrix(result: dict[str, Any], judged: list[dict[str, Any]], failed: list[dict[str, Any]]) -> Section:
-    panels = sorted({panel for cell in judged for panel in cell_rates(cell)}, key=lambda p: (p[0], p[1] or 0))
-    speeds = [f"Tokens/s, {panel_words(panel)}" if panel[0] else "Tokens/s" for panel in panels] or ["Tokens/s"]
-    columns = [
-        right("Rank"),
-        left("Cell", wide=True),
-        left("Gates"),
-        right("KL"),
-        right("Perplexity"),
-        right("Same token"),
-        right("Bits/weight"),
-        right("Size"),
-        *map(right, speeds),
-        left("Method"),
-        left("In BF16"),
-        left("Front"),
-    ]
-    blocks: list[Block] = [Words("No cell was judged.")]
-    if judged:
-        blocks = [table(columns, [_row(cell, panels) for cell in judged], stack=True)]
-    blocks += [Words(line, soft=True) for line in _ranking(result)]
-    blocks.append(
-        Words("Bits a weight count every linear, those kept in BF16 too. Front: nothing is better in both.", soft=True)
-    )
-    if failed:
-        rows = [[text(cell.get(key)) for key in ("name", "status", "stage", "reason")] for cell in failed]
-        blocks += [
-            Heading("Not judged"),
-            table([left("Cell"), left("Status"), left("While"), left("Why", wide=True)], rows, stack=True),
-        ]
-    return Section("matrix", "The cells", blocks, "Cells")
-
-
-def _row(cell: dict[str, Any], panels: list[Panel]) -> list[Cell | str]:
-    metrics, rates = mapping(dig(cell, "eval", "metrics")), cell_rates(cell)
-    verdict = text(dig(cell, "gates", "verdict"))
-    same, groups = cell.get("same_as"), "/".join(text(group) for group in listing(cell.get("groups")))
-    notes = [f"same bytes as {text(same)}"] * bool(same) + ["not portable"] * (not cell.get("portable"))
-    known = [count(rates[panel][0]) if panel in rates else "" for panel in panels] or [""]
-    speeds = [Cell(words, note="" if words else MISSING) for words in known]
-    return [
-        text(cell.get("rank")),
-        Cell(text(cell.get("name")), note=", ".join(notes)),
-        Cell(verdict, status=VERDICTS.get(verdict, ("", "open"))[1]),
-        Cell(significant(_kl(cell, "value"), 3), note=between(dig(metrics, "kl_mean"), lambda x: significant(x, 3))),
-        shown(metrics.get("ppl_ratio"), change),
-        percent(dig(metrics, "top1", "value")),
-        significant(cell.get("bits_per_linear_weight"), 3),
-        size(cell.get("bytes")),
-        *speeds,
-        Cell(text(dig(cell, "recipe", "method")).upper(), note=f"group {groups}" if groups else ""),
-        exemption_words(cell),
-        "yes" if cell.get("pareto") else "–",
-    ]
-
-
-def _differences(judged: list[dict[str, Any]]) -> Section | None:
-    recipes = {text(cell.get("name")): dict(flat(mapping(cell.get("recipe")))) for cell in judged}
-    keys = differing_keys(list(recipes.values()))
-    if not keys:
-        return None
-    rows = [[name, *(recipe.get(key, "–") for key in keys)] for name, recipe in recipes.items()]
-    note = Words("Keys that all have in common are left out.", soft=True)
-    return Section(
-        "recipes", "Where the recipes differ", [table([left("Cell"), *map(left, keys)], rows), note], "Recipes"
-    )
 
 
 def _facts(result: dict[str, Any], judged: list[dict[str, Any]]) -> Pairs:
@@ -250,36 +171,12 @@ def _tiles(result: dict[str, Any], judged: list[dict[str, Any]]) -> list[dict[st
     parts = f"{text(sharing.get('distinct_parts'))} of {text(sharing.get('parts'))}"
     return [
         {"label": "Best", "value": text(best.get("name")), "note": text(best.get("title"), "")},
-        {"label": "Its KL to BF16", "value": significant(_kl(best, "value"), 3), "note": "nats a token, mean"},
+        {"label": "Its KL to BF16", "value": significant(kl_of(best, "value"), 3), "note": "nats a token, mean"},
         {"label": "Its perplexity", "value": percent(None if ratio is None else ratio - 1, signed=True), "note": ""},
         {"label": "Its size", "value": size(best.get("bytes")), "note": f"BF16: {size(best.get('bytes_bf16'))}"},
         {"label": "Artifacts that differ", "value": made, "note": "the others have the same bytes"},
         {"label": "Parts solved", "value": parts, "note": "the others are shared"},
     ]
-
-
-def _kl(cell: dict[str, Any], key: str) -> float | None:
-    return number(dig(cell, "eval", "metrics", "kl_mean", key))
-
-
-def exemption_words(cell: dict[str, Any]) -> str:
-    """What a cell keeps in BF16, in a few words."""
-    reasons = [str(mapping(row).get("reason") or "") for row in listing(cell.get("exemptions"))]
-    words = [SHORT.get(reason, reason.removeprefix("ignore: ")) for reason in reasons]
-    return ", ".join(dict.fromkeys(words)) or "–"
-
-
-def _ranking(result: dict[str, Any]) -> list[str]:
-    ranking, source = mapping(result.get("ranking")), mapping(result.get("text"))
-    by = {"kl": "KL divergence from BF16", "ppl": "perplexity against BF16"}.get(str(ranking.get("by")), "quality")
-    told = [f"Ranked by {by}, then by tokens/s where it was measured, then by bytes. Cells of one rank are equal."]
-    if ranking.get("method"):
-        floor = significant(ranking.get("noise_floor"), 2)
-        told.append(f"How two cells are told apart: {text(ranking.get('method'))} ({floor} nats).")
-    if number(source.get("tokens")) is not None:
-        of = text(source.get("source"))
-        told.append(f"All were judged on the same {number(source['tokens']):,.0f} tokens of {of}.")
-    return told
 
 
 def _notices(cells: list[dict[str, Any]]) -> Section | None:

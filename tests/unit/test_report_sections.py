@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from halfbyte.report import build_report
+from halfbyte.report.axes import Axis, axis, nice_ticks
 from halfbyte.report.blocks import Charts, Missing, Page, Section
-from halfbyte.report.chart import Axis, Point, Series, axis, nice_ticks, scatter, spread_labels, trend
+from halfbyte.report.chart import Series, trend
 from halfbyte.report.front import pareto
 from halfbyte.report.judged import binding, binding_words, margin_words
 from halfbyte.report.long_context import over_depths
+from halfbyte.report.plane import Point, scatter, spread_labels
 from halfbyte.report.plots import is_least, limit_number, sensitivity_by_linear
 from halfbyte.report.run_page import run_page
 from halfbyte.report.sources import COMMANDS, Sources, read_sources
