@@ -119,6 +119,7 @@ def frame(
     rules: Sequence[Rule],
     marks: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
+    """What every chart has: title, the names of its axes (up, right), lines across with their labels, levels."""
     drawn = [rule for rule in rules if up.low <= rule.value <= up.high]
     return {
         "title": title,
@@ -204,6 +205,7 @@ def _between(low: float | None, high: float | None, show: Show) -> str:
 def mark_at(
     x: float, value: float, low: float | None, high: float | None, up: Axis, look: str, shape: str
 ) -> dict[str, Any]:
+    """A value's place, with the ends of its interval; `x` in percent of the field."""
     mark: dict[str, Any] = {"x": x, "y": _y(up, value), "class": look, "shape": SHAPES[shape], "front": False}
     if low is not None and high is not None:
         mark |= {"low": _y(up, low), "high": _y(up, high)}
@@ -211,4 +213,5 @@ def mark_at(
 
 
 def entry(name: str, look: str, shape: str, dashed: bool = False) -> dict[str, Any]:
+    """One line of a legend."""
     return {"name": name, "class": look, "shape": SHAPES[shape], "dashed": dashed}

@@ -218,9 +218,10 @@ def _worst(evaluation: dict[str, Any]) -> list[Block]:
 def _worst_row(row: dict[str, Any]) -> list[Cell | str]:
     before = visible(row.get("context"))
     before = "… " + before[-CONTEXT:] if len(before) > CONTEXT else before
+    came = [f"this token: {chances}" for chances in [_chances(row, "token")] if chances]
     return [
         Cell(significant(row.get("kl"), 3), bold=True),
-        Cell(_token(row.get("token")), note=" · ".join(filter(None, (before, _chances(row, "token")))), code=True),
+        Cell(_token(row.get("token")), note=" · ".join([before, *came]), code=True),
         Cell(_token(row.get("baseline_top")), note=_chances(row, "baseline_top"), code=True),
         Cell(_token(row.get("model_top")), note=_chances(row, "model_top"), code=True),
         f"{text(row.get('window'))}, {text(row.get('position'))}",
@@ -228,11 +229,11 @@ def _worst_row(row: dict[str, Any]) -> list[Cell | str]:
 
 
 def _token(value: Any) -> str:
-    """A token's text; spaces at its ends are made visible."""
-    shown_text = visible(value)
-    bare = shown_text.strip(" ")
-    before = len(shown_text) - len(shown_text.lstrip(" "))
-    return "␣" * before + bare + "␣" * (len(shown_text) - before - len(bare)) if bare else "␣" * len(shown_text)
+    """A token's text; spaces at its ends, and that there is none, are made visible."""
+    words = visible(value) if value != "" else "(no text)"
+    bare = words.strip(" ")
+    before = len(words) - len(words.lstrip(" "))
+    return "␣" * before + bare + "␣" * (len(words) - before - len(bare)) if bare else "␣" * len(words)
 
 
 def _chances(row: dict[str, Any], which: str) -> str:
