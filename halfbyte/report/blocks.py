@@ -6,7 +6,7 @@ A block's `kind` names the macro that draws it. Words are plain text: the templa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 Pairs = list[tuple[str, str]]
@@ -34,11 +34,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column; `right` aligns numbers, `wide` gives a cell a line of its own on a narrow screen."""
+    """A table's column; `right` aligns numbers, `wide` gives a cell a line of its own on a narrow screen, and a
+    `picture` is left out of Markdown."""
 
     label: str
     right: bool = False
     wide: bool = False
+    picture: bool = False
 
 
 def left(label: str, wide: bool = False) -> Column:
@@ -55,6 +57,10 @@ class Block:
     kind: ClassVar[str]
 
 
+def picture(label: str) -> Column:
+    return Column(label, wide=True, picture=True)
+
+
 @dataclass(frozen=True)
 class Table(Block):
     """Rows of cells, the first of each row its header. `stack`: on a narrow screen a row becomes a small card.
@@ -67,6 +73,15 @@ class Table(Block):
     stack: bool = False
     fold: str = ""
     kind: ClassVar[str] = "table"
+
+    def in_words(self) -> Table:
+        """The table without its pictures."""
+        kept = [i for i, column in enumerate(self.columns) if not column.picture]
+        return replace(
+            self,
+            columns=[self.columns[i] for i in kept],
+            rows=[[row[i] for i in kept if i < len(row)] for row in self.rows],
+        )
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], stack: bool = False, fold: str = "") -> Table:
@@ -142,12 +157,14 @@ class Heat(Block):
 
 @dataclass(frozen=True)
 class Section:
-    """One card of the page; `menu` is its name in the contents."""
+    """One card of the page; `menu` is its name in the contents. A `picture` shows nothing that is not said elsewhere:
+    it is left out of Markdown."""
 
     id: str
     title: str
     blocks: Sequence[Block]
     menu: str = ""
+    picture: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ def front_section(
         *(["Speed was not measured, so bytes stand in for it."] if not panels else []),
     ]
     title = "What is lost against what is gained" if panels else "What is lost against what it weighs"
-    return Section("front", title, [Charts(drawn), *(Words(note, soft=True) for note in notes)], "Loss against gain")
+    return Section(
+        "front", title, [Charts(drawn), *(Words(note, soft=True) for note in notes)], "Loss against gain", True
+    )
 
 
 def _speed_panel(

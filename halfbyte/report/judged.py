@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.report import plots
-from halfbyte.report.blocks import Block, Cell, Missing, Section, Words, left, right, table
+from halfbyte.report.blocks import Block, Cell, Missing, Section, Words, left, picture, right, table
 from halfbyte.report.sources import Sources
 from halfbyte.report.words import (
     MISSING,
@@ -56,7 +56,7 @@ def gates(sources: Sources) -> Section | Missing:
         right("Measured"),
         right("Interval", wide=True),
         right("To spare"),
-        left("Interval against the limit", wide=True),
+        picture("Interval against the limit"),
     ]
     drawn = table(columns, [_gate(row, row is bound) for row in rows], stack=True)
     return Section("gates", "Gates", [drawn, Words(RULE, soft=True)])

@@ -89,9 +89,7 @@ def _made(sources: Sources) -> list[Block]:
     manifest = sources.manifest
     if not manifest:
         return [Words("Not known: the artifact's manifest is not here.")]
-    rows: Pairs = [
-        (f"Version of {name}", text(value)) for name, value in mapping(manifest.get("versions")).items() if value
-    ]
+    rows: Pairs = [(str(name), text(value)) for name, value in mapping(manifest.get("versions")).items() if value]
     peak = number(manifest.get("peak_rss_mib"))
     rows += [
         ("Git commit", text(manifest.get("git"))),

@@ -195,12 +195,13 @@ def bench_commands(bench: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def headline(sources: Sources) -> tuple[str, str] | None:
-    """The gain in tokens/s at the concurrency that was planned for, or the largest measured; None without one."""
+    """The gain in tokens/s at the concurrency that was planned for, else the largest that the first platform measured;
+    None without one."""
     wanted = number(dig(sources.plan, "request", "concurrency"))
     known = [(bench, point) for bench in sources.benches for point in points_of(bench) if gain(point)[0] is not None]
     if not known:
         return None
-    bench, point = next((pair for pair in known if number(pair[1].get("concurrency")) == wanted), known[-1])
-    return signed(
-        gain(point)[0] or 0.0
-    ), f"{number(point.get('concurrency')):g} at once on {text(bench.get('platform'), 'this machine')}"
+    first = [pair for pair in known if pair[0] is known[0][0]]
+    bench, point = next((pair for pair in known if number(pair[1].get("concurrency")) == wanted), first[-1])
+    where = text(bench.get("platform"), "this machine")
+    return signed(gain(point)[0]), f"{number(point.get('concurrency')):g} at once on {where}"

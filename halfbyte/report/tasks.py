@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halfbyte.report.blocks import Block, Cell, Facts, Missing, Pairs, Section, Words, left, right, table
+from halfbyte.report.blocks import Block, Cell, Facts, Missing, Pairs, Section, Words, left, picture, right, table
 from halfbyte.report.plots import difference_bullet
 from halfbyte.report.quality import level
 from halfbyte.report.sources import Sources
@@ -41,7 +41,7 @@ def tasks(sources: Sources) -> Section | Missing:
         right("4-bit"),
         right("Difference"),
         right(f"{level(found)} interval"),
-        left(f"±{show_reach(reach)}", wide=True),
+        picture(f"±{show_reach(reach)}"),
         right("Recovery"),
         right("Flips"),
         right("Length"),

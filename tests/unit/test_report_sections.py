@@ -179,6 +179,21 @@ def test_token_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     assert visible("a\u202eb\x00\ud800") == "a\\u202eb\\u0000\\ud800" and visible(None) == "–"
 
 
+def test_markdown_has_the_numbers_without_the_pictures(tmp_path: Path) -> None:
+    page, plain = build_report(files.write_run(tmp_path))
+    text = plain.read_text()
+    assert "Interval against the limit" in page.read_text() and "Interval against the limit" not in text
+    assert "What is lost against" not in text and "<svg" not in text
+    for row in (
+        "| 0–32 | 0.19 | 0.1786 to 0.2014 | 78.0% | 77.2% to 78.8% |",
+        "| 4k | 2.00% | 0.80% | 3.50% |",
+        "| arc_easy (acc) | 500 | 60.6% | **59.8%** | -0.80 | -2.20 to +0.60 | 98.7% | 5.20% | – |",
+        "| 0.1 to 0.3 | 3,200 | 15.7% |",
+        "| 16 | BF16 | 31.5 / 60.2 / 84.1 | 7.88 / 15.1 / 21 | 1,260 / 2,408 / 3,364 |",
+    ):
+        assert row in text, row
+
+
 def test_depths_are_averaged_where_no_row_spans_them() -> None:
     rows = [{"length": 4096, "depth": d, "scores": {"4bit": {"value": v}}} for d, v in ((0.1, 0.9), (0.9, 0.7))]
     assert over_depths(rows, "4bit", 4096) == (pytest.approx(0.8), None, None)
