@@ -64,13 +64,18 @@ def build_sweep_report(directory: Path) -> tuple[Path, Path]:
 
 
 def with_benches(result: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The sweep with results/NAME.bench*.json of each cell as its `bench`, where it has none of its own."""
+    """The sweep with results/NAME.bench*.json and results/NAME/bench*.json of each cell as its `bench`, unless it has
+    one."""
     cells = []
     for cell in map(mapping, listing(result.get("cells"))):
         name = str(cell.get("name"))
-        plain = not set(name) & set("/\\*?[")
-        files = sorted((directory / "results").glob(f"{name}.bench*.json")) if plain and not cell.get("bench") else []
-        found = [bench for bench in map(read_result, files) if bench]
+        if cell.get("bench") or not name.strip(".") or set(name) & set("/\\*?["):
+            cells.append(cell)
+            continue
+        files = [
+            path for way in (f"{name}.bench*.json", f"{name}/bench*.json") for path in (directory / "results").glob(way)
+        ]
+        found = [bench for bench in map(read_result, sorted(files)) if bench]
         cells.append({**cell, "bench": found} if found else cell)
     return {**result, "cells": cells}
 

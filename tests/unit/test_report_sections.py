@@ -234,9 +234,11 @@ def test_a_sweep_without_speed_says_how_to_measure_it(tmp_path: Path) -> None:
     page = sweep_page(result)
     assert [one.command for one in page.missing] == ["halfbyte bench cells/B3 --on h100 -o results/B3"]
     assert [chart["title"] for chart in charts(section(page, "front"))] == ["Against bytes"]
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "B3.bench.json").write_text(json.dumps(files.bench()))
-    assert len(charts(section(sweep_page(with_benches(result, tmp_path)), "front"))) == 6
+    (tmp_path / "results" / "B3").mkdir(parents=True)
+    (tmp_path / "results" / "B1.bench.json").write_text(json.dumps(files.bench()))
+    (tmp_path / "results" / "B3" / "bench.json").write_text(json.dumps(files.bench("mi325x")))
+    page = sweep_page(with_benches(result, tmp_path))
+    assert len(charts(section(page, "front"))) == 11 and page.missing == []
 
 
 def test_a_front_holds_what_nothing_beats() -> None:
