@@ -33,7 +33,8 @@ RUN_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|No available memory for the cache|larger than the available KV cache memory"
-    r"|less than desired GPU memory utilization|Cannot allocate memory|bad_alloc|MemoryError|not enough memory",
+    r"|less than desired GPU memory utilization|Cannot allocate memory|bad_alloc|MemoryError|not enough memory"
+    r"|killed by the system",
     re.IGNORECASE,
 )
 
@@ -79,9 +80,7 @@ def bench_words(load: Load, url: str, model: str, tokenizer: str | Path, result:
     return ["bench", "serve", *pairs, "--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
 
 
-def run_load(
-    server: Server, install: VllmInstall, load: Load, tokenizer: str | Path, log_path: Path
-) -> dict[str, Any]:
+def run_load(server: Server, install: VllmInstall, load: Load, tokenizer: str | Path, log_path: Path) -> dict[str, Any]:
     """Put `load` on the server; returns the run.
 
     status   "ok"; "failed": requests were refused or the client broke; "out of memory" or "crashed": the server ended

@@ -87,8 +87,10 @@ def device_name() -> str | None:
 def _nvml() -> Any:
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
-    except Exception:  # not installed, or one of NVML's many errors: there is no NVIDIA GPU to ask
+    except pynvml.NVMLError:
         return None
     return pynvml

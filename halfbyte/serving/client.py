@@ -61,6 +61,13 @@ class Client:
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         return self._completions(prompt, max_tokens=max_tokens)[0]["text"]
 
+    def generate(self, prompt: str, max_tokens: int, **options: Any) -> dict[str, Any]:
+        """One completion as the API gives it: text, finish_reason, logprobs where `logprobs=1` asks for them.
+
+        options  what the API knows: temperature (0 unless said), top_p, seed, logprobs
+        """
+        return self._completions(prompt, max_tokens=max_tokens, **options)[0]
+
     def score(
         self, windows: Sequence[Sequence[int]], batch: int = BATCH, progress: Progress | None = None
     ) -> list[list[float | None]]:

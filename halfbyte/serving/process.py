@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import textwrap
@@ -85,7 +86,9 @@ class Server:
 
     def reason(self) -> str:
         """The line of the log that tells why vLLM ended."""
-        return root_error(self._said())
+        said = root_error(self._said())
+        killed = self._child is not None and self._child.poll() == 128 + signal.SIGKILL
+        return f"killed by the system, as it does when memory runs out; last word: {said}" if killed else said
 
     def __enter__(self) -> Server:
         began = time.monotonic()
