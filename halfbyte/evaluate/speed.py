@@ -181,7 +181,7 @@ def _refuse(request: BenchRequest) -> None:
     if limit is not None and request.context > limit:
         raise UsageError(
             f"sequences of up to {request.context} tokens are asked for, and the model takes {limit}: "
-            "ask for a smaller --input, --output or --prefill"
+            "ask for a smaller --input, --output, --prefill or --long"
         )
 
 

@@ -191,8 +191,6 @@ def _load(server: Server, watch: Watch) -> dict[str, Any]:
     def worker(number: int) -> None:
         with Client(server.url) as client:
             for prompt in islice(cycle(PROMPTS), number, None):
-                if time.monotonic() - began > watch.seconds or counts["failed"] >= MOST_FAILURES or not server.running:
-                    return
                 problem = None
                 try:
                     client.generate(prompt, LOAD_TOKENS, ignore_eos=True)
@@ -202,6 +200,8 @@ def _load(server: Server, watch: Watch) -> dict[str, Any]:
                     counts["requests"] += 1
                     counts["failed"] += problem is not None
                     first.extend([problem] if problem else [])
+                if time.monotonic() - began > watch.seconds or counts["failed"] >= MOST_FAILURES or not server.running:
+                    return
 
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(watch.concurrency))
