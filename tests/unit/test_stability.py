@@ -13,8 +13,8 @@ from halfbyte.evaluate.stability import facts_of, judge, length_ratio, more_than
 
 
 def naive(tokens: list[int]) -> bool:
-    """Some stretch is a piece of at most LONGEST_PIECE tokens again and again: COPIES copies and FEWEST_TOKENS at least,
-    the last copy perhaps cut."""
+    """Some stretch is a piece of at most LONGEST_PIECE tokens again and again: COPIES copies and FEWEST_TOKENS at
+    least, the last copy perhaps cut."""
     n = len(tokens)
     for piece in range(1, LONGEST_PIECE + 1):
         length = max(COPIES * piece, FEWEST_TOKENS)
