@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halfbyte.cli.bench import beside
-from tests.unit.artifacts import halfbyte
+from tests.unit.artifacts import edit_json, halfbyte
 from tests.unit.fake_vllm import make_fake
 
 FEW = ("--concurrency", "2", "--requests", 2, "--repeats", 2, "--input", 8, "--output", 4)
@@ -69,6 +70,38 @@ def test_tune_prints_a_command(artifact: Path, fake: Path, tmp_path: Path, monke
     assert [row["value"] for row in result["knobs"][0]["tried"]] == [None, "512", "4096"]
     assert result["command"].startswith("VLLM_CPU_KVCACHE_SPACE=1") and "--max-num-seqs 2" in result["command"]
     assert halfbyte("tune", artifact, *words) == 0
+
+
+def test_a_sweep_measures_its_cells(
+    artifact: Path, model: Path, fake: Path, tmp_path: Path, monkeypatch: Any, as_json: Any
+) -> None:
+    """The sweep itself, and that it reads the files written here, is tested in tests/unit/test_sweep.py."""
+    out, base = tmp_path / "out", Path(shutil.copytree(model, tmp_path / "base"))
+    for directory in (base, artifact):
+        edit_json(directory / "config.json", lambda tree: tree.update(max_position_embeddings=512))
+    fp4 = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}
+    for name in ("int4", "fp4"):
+        shutil.copytree(artifact, out / "cells" / name)
+    edit_json(out / "cells" / "fp4" / "config.json", lambda tree: tree.update(quantization_config=fp4))
+    rows = [
+        {"name": "int4", "path": "cells/int4", "same_as": None, "status": "failed", "stage": "", "reason": ""},
+        {"name": "again", "path": "cells/again", "same_as": "int4", "status": "failed", "stage": "", "reason": ""},
+        {"name": "fp4", "path": "cells/fp4", "same_as": None, "status": "failed", "stage": "", "reason": ""},
+    ]
+    spent: dict[str, Any] = {
+        "sharing": dict.fromkeys(("cells", "distinct", "parts", "distinct_parts"), 0),
+        "seconds": {},
+    }
+    result = {"cells": rows, "verdict": "accepted", "best": None, "cost": None, **spent}
+    asked: list[bool] = []
+    monkeypatch.setattr("halfbyte.experiments.sweep.sweep", lambda *_, force, **__: asked.append(force) or result)
+    as_json("sweep", base, "--matrix", "strategy", "--on", "cpu", "-o", out, "--bench", 2, "--vllm", fake, "--force")
+    assert asked == [True, False], "a second look at what is there, with the speeds; nothing is made anew"
+    told = {name: json.loads((out / "results" / f"{name}.bench.json").read_text()) for name in ("int4", "again", "fp4")}
+    assert told["int4"] == told["again"] and told["int4"]["tokens_per_second"] == pytest.approx(340, rel=0.01)
+    assert told["int4"]["speedup"]["value"] == pytest.approx(1.7)
+    assert told["fp4"]["tokens_per_second"] is None
+    assert told["fp4"]["status"] == "failed" and "no CPU kernel for NVFP4" in told["fp4"]["reason"]
 
 
 def test_what_is_refused(artifact: Path, fake: Path, tmp_path: Path, refused: Any) -> None:
