@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,7 @@ def test_the_gpu_script_asks_for_every_kernel_that_the_platform_names(tmp_path: 
     args = argparse.Namespace(levels="1,16", repeats=3, prefill=2048, requests=None, vllm=None)
     h100 = load_platform("h100")
     words = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "gptq", "0.32.0")]
-    configs = dict(_config(value) for flag, value in zip(words, words[1:]) if flag == "--config")
+    configs = dict(_config(value) for flag, value in pairwise(words) if flag == "--config")
     assert configs["linear-backend-marlin"] == ("--linear-backend", "marlin")
     assert configs["kv-cache-dtype-auto"] == ("--kv-cache-dtype", "auto")
     old = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "modelopt", "0.26.0")]
