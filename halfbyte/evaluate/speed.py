@@ -21,7 +21,7 @@ from typing import Any
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed_machine import hardware
-from halfbyte.evaluate.stability import Watch, observe
+from halfbyte.evaluate.stability import PROMPT_ROOM, Watch, observe
 from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models.checkpoint import read_json
 from halfbyte.platforms import Platform
@@ -88,7 +88,7 @@ class BenchRequest:
     def context(self) -> int:
         """--max-model-len that holds everything that is asked for."""
         longest = [self.input_tokens + self.output_tokens, self.prefill + 1]
-        return max([*longest, self.watch.tokens if self.watch else 0]) + ROOM
+        return max([*longest, self.watch.tokens + PROMPT_ROOM if self.watch else 0]) + ROOM
 
     def _load(self, level: int) -> Load:
         asked = self.requests or max(FEWEST, 4 * level)
@@ -230,7 +230,8 @@ class _Work:
             if name in self.broken:
                 self._settle(left, self.broken[name])
                 return
-            log = make_directory(left[0].file.parent) / "vllm.log"
+            place = make_directory(left[0].file.parent)
+            log = place / f"vllm-{len(list(place.glob('vllm-*.log')))}.log"
             server = Server(
                 self.found.commands[name], self.found.install, log_path=log, env=QUIETLY, progress=self.progress
             )

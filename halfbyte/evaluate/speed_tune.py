@@ -56,7 +56,7 @@ def tune(
     knobs, seconds, found = [], 0.0, None
     default = None
     for knob in request.platform.tune:
-        if not knob.matters(form, install.version):
+        if not knob.matters(form, install.version) or knob.flag in request.extra:
             continue
         variants = [_variant(directory, words) for words in _choices(knob, kept)]
         asked = replace(request, variants=tuple(variants), watch=None, prefill=0)

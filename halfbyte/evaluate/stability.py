@@ -24,7 +24,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import bootstrap
 from halfbyte.evaluate.repetition import loops
 from halfbyte.serving import Client, Server
-from halfbyte.serving.bench import CRASHED, FAILED, OK, ended
+from halfbyte.serving.bench import FAILED, OK, ended
+from halfbyte.serving.client import Refused
 
 PROMPTS = (
     "The most important thing to know about the ocean is",
@@ -50,6 +51,8 @@ LENGTHS = (0.8, 1.25)
 """Mean lengths of answers, 4 bits against BF16, that are no reason."""
 CHANCE = 0.05
 LOAD_TOKENS = 128
+PROMPT_ROOM = 128
+"""Tokens that a prompt may have, even where every byte is one."""
 MOST_FAILURES = 20
 LEFTOVER = 300
 """Characters kept of the end of an answer that went wrong."""
@@ -162,12 +165,12 @@ def _answers(url: str, watch: Watch) -> list[dict[str, Any]]:
 
 
 def _answer(client: Client, prompt: str, mode: Mapping[str, Any], seed: int, tokens: int) -> dict[str, Any]:
-    """One generation in facts. A refusal of a healthy server is what vLLM makes of probabilities that are NaN."""
+    """One generation in facts. An internal error of a healthy server is what vLLM makes of NaN."""
     name = "greedy" if mode is GREEDY else "sampled"
     try:
         choice = client.generate(prompt, tokens, seed=seed, logprobs=1, **mode)
-    except HalfbyteError as error:
-        if not client.healthy():
+    except Refused as error:
+        if error.status < 500 or not client.healthy():
             raise
         return {"mode": name, "length": 0, "loop": False, "empty": False, "invalid": True, "end": str(error)}
     return {"mode": name, **facts_of(choice)}
@@ -193,7 +196,7 @@ def _load(server: Server, watch: Watch) -> dict[str, Any]:
             for prompt in islice(cycle(PROMPTS), number, None):
                 problem = None
                 try:
-                    client.generate(prompt, LOAD_TOKENS, ignore_eos=True)
+                    client.generate(prompt, min(LOAD_TOKENS, watch.tokens), ignore_eos=True)
                 except HalfbyteError as error:
                     problem = str(error)
                 with lock:
@@ -219,4 +222,4 @@ def _failure(server: Server, error: HalfbyteError) -> dict[str, Any]:
     if server.running:
         return {"status": FAILED, "reason": str(error)}
     reason = server.reason()
-    return {"status": ended(reason) or CRASHED, "reason": reason}
+    return {"status": ended(reason), "reason": reason}

@@ -18,6 +18,14 @@ BATCH = 8
 _TRANSIENT_STATUS = (429, 500, 502, 503, 504)
 
 
+class Refused(HalfbyteError):
+    """The server answered, and said no; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Client:
     """A connection to one server at `url` ("http://127.0.0.1:8000"). Use it as a context manager, or close() it.
 
@@ -107,7 +115,8 @@ class Client:
                 if answer.status_code == 200:
                     return answer.json()
                 if last or answer.status_code not in _TRANSIENT_STATUS:
-                    raise HalfbyteError(f"vLLM refused {path} ({answer.status_code}): {_reason(answer)}")
+                    status = answer.status_code
+                    raise Refused(f"vLLM refused {path} ({status}): {_reason(answer)}", status)
             time.sleep(RETRY_AFTER_S)
         raise AssertionError("unreachable")
 

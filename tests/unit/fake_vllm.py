@@ -4,7 +4,8 @@ What it does is set by the variable FAKE: ok | die | hang | flaky | mute | stubb
 ignores SIGTERM in the modes stubborn and hang.
 
 `vllm bench serve` writes a result without sending the load: tokens a second are 100 for each request in flight, 1.7
-times that for a quantized model, 1.7 / 2 with --linear-backend slow, and a little more with every seed. It appends its
+times that for a quantized model, half of it with --linear-backend slow, 1.25 times with quick, and a little more with
+every seed. It appends its
 words to `benched` in the model's directory. FAKE=oom: from 16 in flight on it ends the server with vLLM's words for no
 memory; refusing: a request fails; broken: it fails itself. Asked for logprobs, the server writes words that never
 repeat; looping: a quantized model says la la la; nan: it refuses, as vLLM does.
@@ -50,7 +51,7 @@ def bench(words):
             time.sleep(60)
     served = open(os.path.join(model, "argv")).read()
     rate = 100.0 * level * (1.7 if quantized(model) else 1) * (1 + 0.001 * (int(given["--seed"]) % 100))
-    rate *= 0.5 if "--linear-backend slow" in served else 1
+    rate *= 0.5 if "--linear-backend slow" in served else 1.25 if "--linear-backend quick" in served else 1
     done = count - (mode == "refusing")
     result = {{
         "completed": done, "failed": count - done, "duration": count * out / rate, "output_throughput": rate,

@@ -241,7 +241,7 @@ def test_what_cannot_be_asked(
 
 def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
     knobs = [
-        {"flag": "--linear-backend", "values": ["slow"], "formats": ["gptq"]},
+        {"flag": "--linear-backend", "values": ["slow", "quick"], "formats": ["gptq"]},
         {"flag": "--linear-backend", "values": ["none"], "formats": ["awq"]},
     ]
     evidence = CPU.hardware.model_dump(mode="json")
@@ -251,13 +251,20 @@ def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path
     request = replace(asked(models, 2), platform=known, extra=())
     result = tune(request, models[1], tmp_path, install)
     (knob,) = result["knobs"]
-    assert [row["value"] for row in knob["tried"]] == [None, "slow"] and knob["kept"] is None
-    assert knob["tried"][1]["against"]["value"] == pytest.approx(0.5)
-    assert "no flag is surely faster" in result["text"] and "--no-enable-prefix-caching" not in result["command"]
-    slow_first = replace(request, extra=SLOW)
-    result = tune(slow_first, models[1], tmp_path, install)
-    assert result["knobs"][0]["kept"] is None, "the user's own words are in every server"
+    assert [row["value"] for row in knob["tried"]] == [None, "slow", "quick"] and knob["kept"] == "quick"
+    assert [row["against"] and round(row["against"]["value"], 6) for row in knob["tried"]] == [None, 0.5, 1.25]
+    assert result["words"] == ["--linear-backend", "quick"] and result["gain"]["value"] == pytest.approx(1.25)
+    assert "--linear-backend quick is 1.25x as fast as what vLLM does by itself" in result["text"]
+    assert "--linear-backend quick" in result["command"] and "--no-enable-prefix-caching" not in result["command"]
+    changing = [{**knobs[0], "values": ["slow", "quick"], "changes": "what is said", "evidence": evidence}]
+    careful = replace(request, platform=type(CPU).model_validate(CPU.model_dump(mode="json") | {"tune": changing}))
+    wary = tune(careful, models[1], tmp_path, install)
+    assert wary["knobs"][0]["tried"] == knob["tried"] and wary["knobs"][0]["kept"] is None and wary["words"] == []
+    assert "no flag is surely faster" in wary["text"]
+    result = tune(request, models[1], tmp_path, install)
     assert json.loads((tmp_path / "tune.json").read_text()) == result
+    with pytest.raises(HalfbyteError, match="no flag is known to matter"):
+        tune(replace(request, extra=SLOW), models[1], tmp_path, install)
 
 
 def test_the_interval_of_a_median_holds_for_few_repeats() -> None:
