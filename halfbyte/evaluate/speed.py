@@ -26,7 +26,7 @@ from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models.checkpoint import read_json
 from halfbyte.platforms import Platform
 from halfbyte.serving import ServeCommand, Server, VllmInstall, serve_command
-from halfbyte.serving.bench import NO_REUSE, QUIETLY, Load, ended, run_load
+from halfbyte.serving.bench import NO_REUSE, QUIETLY, Load, ended, failure, run_load
 from halfbyte.serving.bench_memory import PeakMemory, reader
 from halfbyte.types import Progress, Quiet
 
@@ -250,7 +250,7 @@ class _Work:
         memory = stack.enter_context(PeakMemory(read))
         self.warm.clear()
         self.progress.start(f"measuring {jobs[0].variant.name}", len(jobs))
-        while jobs and server.running:
+        while jobs:
             job = jobs.pop(0)
             result = self._run(server, job)
             facts = server.facts
@@ -270,6 +270,8 @@ class _Work:
                 same = [other for other in jobs if other.point == job.point]
                 jobs = [other for other in jobs if other.point != job.point]
                 self._settle(same, {"status": result["status"], "reason": result["reason"]})
+            if not server.running:
+                break
         return jobs
 
     def _run(self, server: Server, job: Job) -> dict[str, Any]:
@@ -277,7 +279,10 @@ class _Work:
             load = replace(job.load, warmups=0 if job.point in self.warm else job.load.concurrency)
             self.warm.add(job.point)
             log = job.file.with_suffix(".log")
-            return run_load(server, self.found.install, load, job.variant.directory, log)
+            try:
+                return run_load(server, self.found.install, load, job.variant.directory, log)
+            except HalfbyteError as error:
+                return failure(server, error)
         assert self.found.request.watch is not None
         watch = self.found.request.watch
         return observe(server, watch if job.variant.name == MODEL else replace(watch, seconds=0.0))

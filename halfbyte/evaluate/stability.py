@@ -24,7 +24,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import bootstrap
 from halfbyte.evaluate.repetition import loops
 from halfbyte.serving import Client, Server
-from halfbyte.serving.bench import FAILED, OK, ended
+from halfbyte.serving.bench import FAILED, OK, ended, failure
 from halfbyte.serving.client import Refused
 
 PROMPTS = (
@@ -73,16 +73,17 @@ class Watch:
 def observe(server: Server, watch: Watch) -> dict[str, Any]:
     """What a running server writes, and how it bears the load.
 
-    status       "ok"; "failed", "crashed" or "out of memory" where the generations could not be had, with `reason`
+    status       "ok"; "failed", "crashed" or "out of memory" where generations or load went wrong, with `reason`
     answers      for each prompt, greedy ones first: {mode, length (tokens), loop, empty, invalid, end (of a bad one)}
     load         {concurrency, seconds, requests, failed, status, reason}, or None where none was asked for
     """
     try:
         answers = _answers(server.url, watch)
     except HalfbyteError as error:
-        return {**_failure(server, error), "answers": [], "load": None}
+        return {**failure(server, error), "answers": [], "load": None}
     load = _load(server, watch) if watch.seconds else None
-    return {"status": OK, "reason": "", "answers": answers, "load": load}
+    whole = load or {"status": OK, "reason": ""}
+    return {"status": whole["status"], "reason": whole["reason"], "answers": answers, "load": load}
 
 
 def judge(model: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -216,10 +217,3 @@ def _load(server: Server, watch: Watch) -> dict[str, Any]:
     if counts["failed"]:
         return {**result, "status": FAILED, "reason": f"{counts['failed']} requests failed: {first[0]}"}
     return {**result, "status": OK, "reason": ""}
-
-
-def _failure(server: Server, error: HalfbyteError) -> dict[str, Any]:
-    if server.running:
-        return {"status": FAILED, "reason": str(error)}
-    reason = server.reason()
-    return {"status": ended(reason), "reason": reason}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.serving.child import Child
 from halfbyte.serving.client import Client
 from halfbyte.serving.install import VllmInstall
@@ -127,6 +128,14 @@ def figures(raw: Mapping[str, Any], load: Load) -> dict[str, Any]:
 def ended(reason: str) -> str:
     """The status of a server that ended for that reason."""
     return OUT_OF_MEMORY if _MEMORY.search(reason) else CRASHED
+
+
+def failure(server: Server, error: HalfbyteError) -> dict[str, str]:
+    """{status, reason} of a call that a server did not answer: what it ended with, else the error itself."""
+    if not _gone(server):
+        return {"status": FAILED, "reason": str(error)}
+    reason = server.reason()
+    return {"status": ended(reason), "reason": reason}
 
 
 def _await(child: Child, server: Server, deadline: float) -> int | None:

@@ -8,7 +8,7 @@ times that for a quantized model, half of it with --linear-backend slow, 1.25 ti
 every seed. It appends its
 words to `benched` in the model's directory. FAKE=oom: from 16 in flight on it ends the server with vLLM's words for no
 memory; refusing: a request fails; broken: it fails itself. Asked for logprobs, the server writes words that never
-repeat; looping: a quantized model says la la la; nan: it refuses, as vLLM does.
+repeat; looping: a quantized model says la la la; nan: it refuses, as vLLM does; brief: it ends with its first answer.
 """
 
 from __future__ import annotations
@@ -105,6 +105,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if mode == "brief":
+            self.say({{}})
+            print("RuntimeError: gone again", flush=True)
+            os._exit(3)
         self.say({{"data": [{{"id": directory}}]}})
 
     def do_POST(self):

@@ -185,6 +185,18 @@ def test_a_server_that_does_not_start_is_a_result(
     assert stable and not stable["ok"] and "no answer could be had: ValueError" in stable["reasons"][0]
 
 
+def test_a_server_that_ends_at_once_is_not_started_for_ever(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE", "brief")
+    monkeypatch.setattr("halfbyte.serving.client.RETRY_AFTER_S", 0.01)
+    before = starts(models[1])
+    result = bench_result(measure(alone(asked(models, 1, 4)), tmp_path, install))
+    assert starts(models[1]) == before + 2, "once for each point"
+    for point in result["points"]:
+        assert (point["model"]["status"], point["model"]["reason"]) == ("crashed", "RuntimeError: gone again")
+
+
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
