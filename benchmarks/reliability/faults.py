@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from halfbyte.artifact.fingerprint import sealed
+from halfbyte.artifact.fingerprint import sealed, tensor_digest
 from halfbyte.models import TensorInfo, hash_file
 from halfbyte.models.checkpoint import read_header
 
@@ -38,7 +38,7 @@ class Scene:
     """A copy to damage, the artifact of another model of the same shapes, and a source of chance."""
 
     place: Path
-    other: Path
+    other: Path | None
     chance: random.Random
 
     def shards(self) -> list[Path]:
@@ -147,7 +147,7 @@ def stray_shard(scene: Scene) -> list[str]:
 
 def others_shard(scene: Scene) -> list[str]:
     shard = scene.chance.choice(scene.shards())
-    if not (scene.other / shard.name).is_file():
+    if scene.other is None or not (scene.other / shard.name).is_file():
         raise NotHere("the other's shard")
     shard.write_bytes((scene.other / shard.name).read_bytes())
     return [shard.name, *read_header(shard)]
@@ -171,7 +171,7 @@ def swap_names(scene: Scene) -> list[str]:
     scene.chance.shuffle(pairs)
     for a, b in pairs[:50]:
         with safe_open(found[a].file, framework="pt") as handle:
-            if torch.equal(handle.get_tensor(a).view(torch.uint8), handle.get_tensor(b).view(torch.uint8)):
+            if tensor_digest(handle.get_tensor(a)) == tensor_digest(handle.get_tensor(b)):
                 continue
         scene.rewrite(found[a].file, lambda t, a=a, b=b: t.update({a: t[b], b: t[a]}))
         return [a, b, a.rpartition(".")[0], b.rpartition(".")[0]]

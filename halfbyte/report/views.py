@@ -179,7 +179,11 @@ def _provenance(sources: Sources) -> Pairs:
     peak = number(manifest.get("peak_rss_mib"))
     rows.append(("Peak memory of the host", size(None if peak is None else peak * 2**20)))
     known = {"recipe", "linears", "versions", "git", "seconds", "peak_rss_mib", "notices", "command", "schema", "kind"}
-    rest = {key: value for key, value in manifest.items() if key not in known | {"bytes", "bits_per_weight", "files", "tensors"}}
+    rest = {
+        key: value
+        for key, value in manifest.items()
+        if key not in known | {"bytes", "bits_per_weight", "files", "tensors"}
+    }
     return rows + _flat(rest) if manifest else []
 
 
