@@ -30,7 +30,7 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     if not declared:
         raise HalfbyteError(f"{directory} is not quantized: its config.json has no quantization_config")
     form = detect_format(declared)
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -271,6 +271,7 @@ class ArtifactWriter:
         extras = [self.checkpoint.path / name for name in COPIED]
         for file in [*self.checkpoint.tokenizer_files(), *extras]:
             if file.is_file():
+                self.checkpoint.own(file)
                 write_atomically(self.directory / file.name, partial(shutil.copyfile, file))
 
     def _sizes(self, linears: dict[str, Any]) -> dict[str, Any]:
