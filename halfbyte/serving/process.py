@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -16,6 +18,7 @@ from typing import NoReturn
 import httpx
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import redacted
 from halfbyte.serving.command import ServeCommand
 from halfbyte.serving.install import VllmInstall
 from halfbyte.serving.log import STAGES, LogFacts, parse_log, read_log, root_error, stages_reached
@@ -28,6 +31,8 @@ GRACE_S = 10.0
 HEADER = "# "
 """Before the command's lines at the head of a log."""
 _POLL_S = (0.05, 0.5)
+API_KEY = "VLLM_API_KEY"
+"""Would make a server that only this process talks to, over the loopback, ask for a password."""
 
 
 class Server:
@@ -119,14 +124,15 @@ class Server:
         supervised = [sys.executable, "-I", "-S", *watch, *self.command.argv]
         try:
             with self.log_path.open("wb") as log:
-                log.write(textwrap.indent(self.command.shell(), HEADER).encode() + b"\n")
+                told = replace(self.command, argv=redacted(self.command.argv))
+                log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
                 log.flush()
                 self._process = subprocess.Popen(
                     supervised,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **self.env},
+                    env={**_without(os.environ, API_KEY), **self.env},
                     pass_fds=(read_end,),
                     start_new_session=True,
                 )
@@ -193,6 +199,10 @@ def require_free_port(host: str, port: int) -> None:
             raise UsageError(f"port {port} on {host} cannot be used ({problem}): choose another with --port") from None
         except OverflowError:
             raise UsageError(f"{port} is no port: choose one from 1 to 65535 with --port") from None
+
+
+def _without(variables: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in variables.items() if key != name}
 
 
 def _answers(http: httpx.Client, url: str) -> bool:
