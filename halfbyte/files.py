@@ -102,12 +102,11 @@ def portable(place: str | Path) -> str:
     return path.name or str(path) if path.is_absolute() else str(place)
 
 
-_SECRET = r"[\w-]*(?:token|secret|passw(?:or)?d|passphrase|api[-_]?key|access[-_]?key|credential|authorization)[\w-]*"
+_SECRET = r"[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|api[-_]?key|access[-_]?key|credentials?|authorization)"
 _ASSIGNED = re.compile(rf"(?i)^(-*{_SECRET}\s*[=:]\s*)(.+)$", re.S)
 _NAMED = re.compile(rf"(?i)^--?{_SECRET}$")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@]+@")
 _BEARER = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[\w-]{12,}|(?i:\bbearer\s+)\S{8,}")
-_COUNTS = re.compile(r"(?i)^-*[\w-]*tokens?[=:]?\s*\d*$")
 REDACTED = "***"
 
 
@@ -116,14 +115,11 @@ def redacted(words: Sequence[str]) -> list[str]:
     users and passwords in URLs, and what looks like a key of a known service, are three stars."""
     shown: list[str] = []
     for word in words:
-        hidden = bool(shown) and bool(_NAMED.match(shown[-1])) and not word.startswith("-")
-        counts = bool(shown) and _COUNTS.match(shown[-1]) and word.isdigit()
-        if hidden and not counts:
+        if shown and _NAMED.match(shown[-1]) and not word.startswith("-"):
             shown.append(REDACTED)
-            continue
-        if not _COUNTS.match(word):
+        else:
             word = _ASSIGNED.sub(rf"\g<1>{REDACTED}", word)
-        shown.append(_BEARER.sub(REDACTED, _USERINFO.sub(rf"\g<1>{REDACTED}@", word)))
+            shown.append(_BEARER.sub(REDACTED, _USERINFO.sub(rf"\g<1>{REDACTED}@", word)))
     return shown
 
 

@@ -68,12 +68,14 @@ class Scene:
 
 
 def role_of(name: str, info: TensorInfo) -> str:
-    """codes, scales, zeros, embeddings, or rest (norms, biases, linears left in BF16)."""
+    """codes, scales, zeros, indices, embeddings, or rest (norms, biases, linears left in BF16)."""
     for role, ends in ROLES.items():
         if name.endswith(ends):
             return role
     if info.dtype == "U8":
         return "codes"
+    if info.dtype.startswith("I"):
+        return "indices"
     return "embeddings" if "embed_tokens" in name or "lm_head" in name else "rest"
 
 
@@ -400,6 +402,7 @@ KINDS: dict[str, Kind] = {
     "bit flipped in zeros": Kind(flip("zeros")),
     "bit flipped in embeddings": Kind(flip("embeddings")),
     "bit flipped in norms, biases, BF16 linears": Kind(flip("rest")),
+    "bit flipped in g_idx or weight_shape": Kind(flip("indices")),
     "bit flipped in a shard's header": Kind(flip_header),
     "truncated shard": Kind(truncate),
     "shard with bytes too many": Kind(lengthen),

@@ -215,14 +215,14 @@ def prepare(scratch: Path) -> Path:
     return make_tiny("llama", scratch / "sound")
 
 
-def attempt(case: Case, sound: Path, scratch: Path) -> dict[str, Ended]:
-    """The spoilt copy given to every command."""
+def attempt(case: Case, sound: Path, scratch: Path, commands: tuple[str, ...] = COMMANDS) -> dict[str, Ended]:
+    """The spoilt copy given to each of the commands."""
     model = scratch / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(sound, model)
     case.spoil(model)
     ended = {}
-    for command in COMMANDS:
+    for command in commands:
         shutil.rmtree(scratch / "out", ignore_errors=True)
         ended[command] = run(words(command, model, scratch), before=lambda: os.chdir(scratch))
         if (scratch / "pwned").exists():

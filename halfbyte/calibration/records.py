@@ -124,7 +124,7 @@ def _message(part: object) -> dict[str, Any] | None:
     if "role" in part:
         return dict(part)
     if "from" in part and "value" in part:
-        return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}
+        return {"role": _ROLES.get(str(part["from"]), part["from"]), "content": part["value"]}
     return None
 
 

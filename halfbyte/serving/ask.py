@@ -61,11 +61,9 @@ def words(value: Any) -> list[Any]:
 
 
 def group_sizes() -> dict[str, Any]:
-    import torch
-
     def one(places: tuple[str, ...]) -> Any:
         found = first(*places)
-        return words(found(torch.bfloat16) if callable(found) else found)
+        return words(found(importlib.import_module("torch").bfloat16) if callable(found) else found)
 
     return {name: told(lambda places=places: one(places)) for name, places in GROUP_SIZES.items()}
 
@@ -145,8 +143,11 @@ def answers(asked: dict[str, Any]) -> dict[str, Any]:
     def pairs(key: str) -> dict[str, Any]:
         return {f"{f} {v}" if v else f: told(lambda f=f, v=v: takes(shared(), f, v)) for f, v in asked[key]}
 
+    there = told(lambda: importlib.import_module("vllm").__name__)
+    if "value" not in there:
+        return {"vllm": there}
     return {
-        "vllm": told(lambda: importlib.metadata.version("vllm")),
+        "vllm": there,
         "torch": told(lambda: importlib.metadata.version("torch")),
         "dtypes": told(lambda: words(first("vllm.config.model:ModelDType", "vllm.config:ModelDType"))),
         "kv_cache_dtypes": told(lambda: words(first("vllm.config.cache:CacheDType", "vllm.config:CacheDType"))),

@@ -89,7 +89,10 @@ def _ask(install: VllmInstall, facts: VllmFacts, flags: list[tuple[str, str | No
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise HalfbyteError(f"{install.python} does not answer: {last}")
-    return json.loads(lines[-1].removeprefix(MARK))
+    found = json.loads(lines[-1].removeprefix(MARK))
+    if "value" not in found["vllm"]:
+        raise HalfbyteError(f"{install.python} has no vLLM to ask ({found['vllm']['why']}): name another with --vllm")
+    return found
 
 
 def _pair(spelled: str, value: str) -> tuple[str, str]:
