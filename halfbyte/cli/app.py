@@ -16,6 +16,8 @@ _CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if ba
 """The base of typer's own usage errors, in whichever click it carries."""
 _INTERRUPTED = 130
 """What typer returns for Ctrl-C instead of raising KeyboardInterrupt."""
+DEBUG = "HALFBYTE_DEBUG"
+"""Set, it shows where an error that nobody foresaw was raised."""
 
 app = typer.Typer(
     name="halfbyte",
@@ -92,6 +94,10 @@ def main() -> None:
         _refuse(error)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (a fault of halfbyte's: {DEBUG}=1 shows where)", 1)
     sys.exit(status or 0)
 
 

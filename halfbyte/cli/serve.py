@@ -137,18 +137,22 @@ def _methods() -> dict[str, str]:
 
 def env(
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask that vLLM itself whether what is known of it holds.")
+    ] = False,
     style: Style = Format.human,
 ) -> None:
-    """Versions, the machine, the vLLM that is found, and what is known of it."""
+    """Versions, the machine, the vLLM that is found, and what is known of it; --verify: fact by fact."""
     from halfbyte.artifact.manifest import git_commit, versions
-    from halfbyte.platforms import facts_for
-    from halfbyte.serving import find_vllm
+    from halfbyte.serving import find_vllm, standing
 
+    if verify:
+        return _verify(vllm, style)
     found: dict[str, str | None] = {**versions(), "git": git_commit()}
     try:
         install = find_vllm(vllm)
         found |= {"vllm": install.version, "vllm_executable": str(install.executable)}
-        found["vllm_facts"] = facts_for(install.version).notice or "known: its facts were read from this release"
+        found["vllm_facts"] = standing(install.version)
     except HalfbyteError as error:
         if vllm:
             raise
@@ -157,3 +161,22 @@ def env(
     emit(
         found, style, "\n".join(f"{name:{width}}{value if value is not None else '-'}" for name, value in found.items())
     )
+
+
+def _verify(vllm: str | None, style: Format) -> None:
+    from halfbyte.cli.console import progress
+    from halfbyte.serving import find_vllm, verify
+
+    with progress() as shown:
+        shown.start("asking vLLM", 1)
+        result = verify(find_vllm(vllm))
+        shown.advance()
+    width = max(len(row["fact"]) for row in result["facts"])
+    lines = [f"{row['fact']:{width}}  {row['verdict']:15}  {row['why']}".rstrip() for row in result["facts"]]
+    counts = {
+        name: sum(row["verdict"] == name for row in result["facts"]) for name in ("holds", "differs", "cannot be asked")
+    }
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    emit(result, style, "\n".join([*lines, "", f"vLLM {result['vllm']}: {told}"]))
+    if not result["ok"]:
+        raise typer.Exit(1)

@@ -81,6 +81,8 @@ class FormatSupport(Data):
     @field_validator("kernels", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
         return [{"name": item} if isinstance(item, str) else item for item in value]
 
     @model_validator(mode="after")

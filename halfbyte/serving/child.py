@@ -16,11 +16,15 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 class Child:
     """Starts `argv` with `env` over this process's own, its output into `log`; `stop()` ends all that it started.
 
-    grace   seconds that the command has to end by itself when asked to
+    grace     seconds that the command has to end by itself when asked to
+    without   variables of this process that it does not get
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], log: BinaryIO, grace: float) -> None:
+    def __init__(
+        self, argv: Sequence[str], env: Mapping[str, str], log: BinaryIO, grace: float, without: Sequence[str] = ()
+    ) -> None:
         self._grace = grace
+        inherited = {name: value for name, value in os.environ.items() if name not in without}
         read_end, self._pipe = os.pipe()
         watch = [str(SUPERVISOR), str(read_end), str(os.getpid()), str(grace)]
         try:
@@ -29,7 +33,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**inherited, **env},
                 pass_fds=(read_end,),
                 start_new_session=True,
             )

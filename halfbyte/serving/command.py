@@ -17,6 +17,7 @@ from halfbyte.platforms.schema import Flags
 
 ASSUMED_CONCURRENCY = 64
 """What a kernel is chosen for where the user names no concurrency."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIB = 1024**3
 
 
@@ -99,7 +100,18 @@ def serve_command(
     if platform.kv_space_env:
         env = {platform.kv_space_env: str(_kv_space_gib(config, length, sequences)), **env}
     words = [word for flag, value in ours.items() for word in ((flag,) if value is None else (flag, value))]
-    return ServeCommand(["vllm", "serve", str(directory), *words, *extra], env, notes)
+    command = ServeCommand(["vllm", "serve", str(directory), *words, *extra], env, notes)
+    return replace(command, notes=[*notes, *_open_to_others(command)])
+
+
+def _open_to_others(command: ServeCommand) -> list[str]:
+    """A warning where the server listens on more than this machine itself."""
+    host = command.value("--host") or "127.0.0.1"
+    if host in LOOPBACK or host.startswith("127."):
+        return []
+    guarded = command.value("--api-key") is not None
+    rest = "with its --api-key, unencrypted" if guarded else "without a password: add --api-key, or a firewall"
+    return [f"--host {host}: whoever reaches this machine can use the server, {rest}"]
 
 
 def declared_variant(directory: str | Path) -> str | None:

@@ -8,6 +8,7 @@ import socket
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -15,6 +16,7 @@ from typing import NoReturn
 import httpx
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import redacted
 from halfbyte.serving.child import Child
 from halfbyte.serving.command import ServeCommand
 from halfbyte.serving.install import VllmInstall
@@ -27,6 +29,8 @@ GRACE_S = 10.0
 HEADER = "# "
 """Before the command's lines at the head of a log."""
 _POLL_S = (0.05, 0.5)
+API_KEY = "VLLM_API_KEY"
+"""Would make a server that only this process talks to, over the loopback, ask for a password."""
 
 
 class Server:
@@ -115,9 +119,10 @@ class Server:
     def _start(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
-            log.write(textwrap.indent(self.command.shell(), HEADER).encode() + b"\n")
+            told = replace(self.command, argv=redacted(self.command.argv))
+            log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
             log.flush()
-            self._child = Child(self.command.argv, self.env, log, GRACE_S)
+            self._child = Child(self.command.argv, self.env, log, GRACE_S, without=(API_KEY,))
 
     def _await_health(self, deadline: float) -> None:
         self.progress.start("starting vLLM", len(STAGES) + 1)
