@@ -123,7 +123,7 @@ class Served:
         stop_ids: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> list[str]:
-        return self.client.generate(prompts, max_tokens, stop_ids=stop_ids, progress=progress)
+        return self.client.answers(prompts, max_tokens, stop_ids=stop_ids, progress=progress)
 
     def choose(
         self, prompts: Sequence[Sequence[int]], candidates: Sequence[int], progress: Progress | None = None
