@@ -50,9 +50,11 @@ def test_did_you_mean():
 
 
 def test_defaults_are_replaced_dropped_and_joined():
-    assert [(g.name, g.spell()) for g in resolve_gates()] == [("ppl", "+5%"), ("top1", "90%")]
+    defaults = [("ppl", "+5%"), ("top1", "90%"), ("tasks", "-2%"), ("speed@1", "+60%")]
+    assert [(g.name, g.spell()) for g in resolve_gates()] == defaults
     gates = resolve_gates(["ppl=+18%", "top1=off", "kl=0.2"])
-    assert [(g.name, g.spell()) for g in gates] == [("ppl", "+18%"), ("kl", "0.2")]
+    assert [(g.name, g.spell()) for g in gates] == [("ppl", "+18%"), defaults[2], defaults[3], ("kl", "0.2")]
+    assert [g.name for g in gates if g.stated] == ["ppl", "kl"]
 
 
 @pytest.mark.parametrize(
