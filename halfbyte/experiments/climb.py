@@ -174,7 +174,8 @@ class Climb:
         kept = f"Mitigation changed {did} ({extra:+,.1f} MiB)" if did else "Mitigation found nothing better"
         if final["verdict"] == "accepted":
             return f"{kept}; without it a gate failed (mitigation.json; --no-mitigate leaves the recipe as it is)."
-        steps = f"{len(rows)} step{'s' * (len(rows) != 1)}"
+        made = sum(bool(row["gates"]) for row in rows)
+        steps = f"{made} step{'s' * (made != 1)}"
         end = f"the ladder of mitigations ended after {steps} (mitigation.json)"
         return f"{kept}, and {end}: this is the best that was found. A larger budget is stated with --gate."
 

@@ -13,7 +13,7 @@ from typing import Any
 from halfbyte.artifact import MANIFEST, load_fake_quantized, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import work_id
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import set_windows
 from halfbyte.evaluate.reference import compare_with_reference, make_reference
 from halfbyte.experiments.blocks import BlockStore
@@ -62,8 +62,17 @@ class RunGround:
             return CalibrationSet.load(self.shop.out / "calibration")
         place = self._place(spec)
         if not (place / "manifest.json").is_file():
-            self.shop.calibration(spec).save(place)
+            self._build(spec).save(place)
         return CalibrationSet.load(place)
+
+    def _build(self, spec: CalibrationSpec) -> CalibrationSet:
+        """A larger set. Text that does not give so much is a step that cannot be taken."""
+        try:
+            return self.shop.calibration(spec)
+        except HalfbyteError as error:
+            if not self.shop.request.text:
+                raise
+            raise UsageError(str(error)) from error
 
     def new_data(self, spec: CalibrationSpec) -> CalibrationSet:
         """A calibration set of that size: the climb's, or a new one."""

@@ -15,6 +15,7 @@ import torch
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
+from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
@@ -161,7 +162,9 @@ def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
         writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
 
-    return Job(recipe, quantized(writer.plans), writer.done, emit)
+    schemes = quantized(writer.plans)
+    solved = {HEAD if plan.block is None else plan.block for plan in writer.plans if plan.name in schemes}
+    return Job(recipe, schemes, lambda block: block not in solved or writer.done(block), emit)
 
 
 def calibration_for(
