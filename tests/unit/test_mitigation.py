@@ -97,7 +97,12 @@ FORCED: dict[str, tuple[dict[str, Any], Callable[[Candidate], bool], str, dict[s
         {"method": "rtn", "effort": "fast"},
         lambda c: c.recipe.rounding == "gptq",
         "top1",
-        {"rounding": ["rtn", "gptq"], "scaling": ["none", "awq"], "effort": ["fast", "default"]},
+        {
+            "rounding": ["rtn", "gptq"],
+            "scaling": ["none", "awq"],
+            "effort": ["fast", "default"],
+            "tune": ["none", "auto"],
+        },
     ),
     "group": ({}, lambda c: c.recipe.group_size == 32, "tasks", {"group_size": [64, 32]}),
     "group-nvfp4": (
