@@ -269,9 +269,10 @@ class _Run:
             result = read_json(found) if found.is_file() else dict(row.make(subject))
             write_json(self.out / row.product, result)
 
+        self.stages.discard(row.name, row.product, manifest["work"])
         try:
             if row.product in self.asked:
-                self.stages.do(row.name, key, row.product, make)
+                self.stages.do(row.name, key, row.product, make, manifest["work"])
         except HalfbyteError as error:
             self.why[row.product] = str(error)
             self.progress.say(f"{row.product} was not measured: {error}")

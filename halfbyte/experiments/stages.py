@@ -19,12 +19,17 @@ STATE = "run.json"
 
 @dataclass
 class Stages:
-    """The results so far and the keys they were made under (run.json). `fresh`: what this start has done."""
+    """The results so far and the keys they were made under (run.json).
+
+    works   the work that a measurement's product tells of
+    fresh   what this start has done
+    """
 
     directory: Path
     force: bool
     keys: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    works: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
 
     def load(self) -> None:
@@ -33,13 +38,14 @@ class Stages:
         if path.is_file() and not self.force:
             state = read_json(path)
             self.keys, self.seconds = dict(state.get("keys", {})), dict(state.get("seconds", {}))
+            self.works = dict(state.get("works", {}))
 
     def current(self, name: str, key: Mapping[str, Any], product: str) -> bool:
         """Whether that stage's product is there under that key."""
         return self.keys.get(name) == digest(key) and (self.directory / product).exists()
 
-    def do(self, name: str, key: Mapping[str, Any], product: str, make: Callable[[], Any]) -> None:
-        """Run `make` unless its product is there under the same key."""
+    def do(self, name: str, key: Mapping[str, Any], product: str, make: Callable[[], Any], work: str = "") -> None:
+        """Run `make` unless its product is there under the same key; `work`: what the product tells of."""
         if self.current(name, key, product):
             return
         self.keys.pop(name, None)
@@ -48,7 +54,14 @@ class Stages:
         self.did(name)
         self.keys[name] = digest(key)
         self.seconds[name] = round(time.monotonic() - started, 2)
-        write_json(self.directory / STATE, {"schema": 1, "keys": self.keys, "seconds": self.seconds})
+        self.works |= {name: work} if work else {}
+        state = {"schema": 1, "keys": self.keys, "seconds": self.seconds}
+        write_json(self.directory / STATE, {**state, "works": self.works} if self.works else state)
+
+    def discard(self, name: str, product: str, work: str) -> None:
+        """Take away a product that tells of another work; one that no stage has made stays."""
+        if self.works.get(name, work) != work:
+            (self.directory / product).unlink(missing_ok=True)
 
     def did(self, name: str) -> None:
         """Note that a stage was done by this start."""

@@ -277,6 +277,10 @@ def test_a_stated_gate_has_its_measurement_run(done: Path, place: Path, monkeypa
     assert halfbyte(*plain, "--gate", "speed@1=+90%") == 3 and len(row.calls) == 1  # type: ignore[attr-defined]
     assert not (done / "mitigation.json").exists()
     assert halfbyte(*plain, "--bench") == 0 and len(row.calls) == 2, "its key changed"  # type: ignore[attr-defined]
+    (done / "tasks.json").write_text("{}")
+    assert halfbyte(*plain, "--set", "group_size=64") == 0
+    assert not (done / "bench.json").exists(), "it told of another artifact"
+    assert (done / "tasks.json").exists(), "no stage of this run made it"
 
 
 def test_what_cannot_be_measured_is_told_and_does_not_pass(
