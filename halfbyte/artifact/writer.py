@@ -125,6 +125,14 @@ class ArtifactWriter:
         """Keep a block that another writer keeps, as the same file: the same linears in the same format."""
         link_or_copy(other._file(block), self._file(block))
 
+    def lend(self, block: int, place: Path) -> None:
+        """Put a kept block at `place`, as the same file, so that it outlives this work."""
+        link_or_copy(self._file(block), place)
+
+    def take(self, block: int, place: Path) -> None:
+        """Keep the block that a writer of the same linears in the same format lent to `place`."""
+        link_or_copy(place, self._file(block))
+
     def block(self, block: int) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
         """A kept block, read back: its quantized linears and its other tensors, by full name. Nothing where none is
         kept, because the block stays as it is."""
