@@ -152,7 +152,7 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
+        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
     return Job(recipe, quantized(writer.plans), writer.done, emit)
 

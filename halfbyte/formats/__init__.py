@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from halfbyte.formats.awq import AWQ
-from halfbyte.formats.base import Format, columns, fused_groups
+from halfbyte.formats.base import Format, columns, fused_groups, scale_groups
 from halfbyte.formats.bits import FormatError
 from halfbyte.formats.compressed import CompressedTensors
 from halfbyte.formats.gptq import GPTQ
 from halfbyte.formats.modelopt import ALGORITHMS, ModelOpt, declared
 
-__all__ = ["Format", "FormatError", "columns", "detect_format", "fused_groups", "get_format"]
+__all__ = ["Format", "FormatError", "columns", "detect_format", "fused_groups", "get_format", "scale_groups"]
 
 _FORMATS: dict[str, type[Format]] = {f.name: f for f in (GPTQ, AWQ, ModelOpt, CompressedTensors)}
 

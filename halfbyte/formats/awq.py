@@ -24,7 +24,9 @@ from halfbyte.formats.base import (
     check_int4_group,
     columns,
     fused_groups,
+    is_expert,
     is_head,
+    modules_of,
     most_common_group,
     required,
     stated_group,
@@ -89,7 +91,7 @@ class AWQ(Format):
             "zero_point": True,
             "version": "gemm",
             "lm_head": any(is_head(n) and s is not None for n, s in schemes.items()),
-            "modules_to_not_convert": [n for n, s in schemes.items() if s is None],
+            "modules_to_not_convert": modules_of((n for n, s in schemes.items() if s is None), fused),
         }
 
     def parse(self, config: dict, names: Iterable[str]) -> dict[str, Scheme | None]:
@@ -98,7 +100,9 @@ class AWQ(Format):
         found: dict[str, Scheme | None] = {}
         for fused, shards in fused_groups(names).items():
             skip = is_head(fused) and not config.get("lm_head", False)
-            skip = skip or _contains(fused, kept) or all_or_none(fused, shards, lambda n: _contains(n, kept))
+            skip = skip or _contains(fused, kept)
+            if not is_expert(shards[0]):
+                skip = skip or all_or_none(fused, shards, lambda n: _contains(n, kept))
             found |= {shard: None if skip else scheme for shard in shards}
         return found
 

@@ -26,6 +26,7 @@ from halfbyte.formats.base import (
     check_int4_group,
     columns,
     fused_groups,
+    is_expert,
     is_head,
     most_common_group,
     patterns,
@@ -146,7 +147,11 @@ def _scheme(config: Mapping[str, Any], fused: str, shards: list[str]) -> Scheme 
     if is_head(fused) and not config.get("lm_head", False):
         return None
     listed = _flat(config.get("modules_in_block_to_quantize") or [])
-    if listed and not all_or_none(fused, shards, lambda n: any(part in n for part in listed)):
+    if (
+        listed
+        and not is_expert(shards[0])
+        and not all_or_none(fused, shards, lambda n: any(part in n for part in listed))
+    ):
         return None
     for rule, override in (config.get("dynamic") or {}).items():
         if not re.match(rule.removeprefix("-:").removeprefix("+:"), fused):
