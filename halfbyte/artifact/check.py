@@ -231,7 +231,7 @@ class _Check:
 
 
 def model_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of the (unquantized) model of a config.json, by the checkpoint's names; without memory."""
+    """Shapes of the parameters of the (unquantized) model of a config.json, by the checkpoint's names."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type", "auto_map")}

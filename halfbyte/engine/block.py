@@ -24,8 +24,8 @@ class BlockResult:
     tensors    other tensors that changed (norms and biases that took up a scale)
     notices    what a user should know (damping raised, ...)
     seconds    what solving took
-    experts    by the full name of a module of experts: {"tokens": calibration tokens of each, "starved": those that too
-               few reached}
+    experts    by the full name of a module of experts: {"tokens": calibration tokens of each, "starved": those that few
+               reached}
     """
 
     linears: dict[str, Solved] = field(default_factory=dict)

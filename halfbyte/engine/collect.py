@@ -24,6 +24,8 @@ from halfbyte.types import LinearGroup
 
 CHUNK = 1024
 """Tokens of one bfloat16 product on a CPU."""
+LEAST = 1e-12
+"""A sum of weights below this is that of no token."""
 
 
 class Collector:
@@ -57,7 +59,7 @@ class Collector:
 
     def stats(self) -> Stats:
         """Weighted means over the tokens seen, the Gram matrix symmetric with the exact diagonal."""
-        n = self.weight.clamp_min(1.0)
+        n = self.weight.clamp_min(LEAST)
         moment = self.moment / n
         gram = None
         if self.gram is not None:

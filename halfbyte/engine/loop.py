@@ -231,13 +231,12 @@ class _Pass:
     ) -> list[BlockResult]:
         """Every job's result, part by part: what precedes the experts, then each of them with its own statistics."""
         results = {id(job): BlockResult() for job in jobs}
-        starved = set(experts.starved()) if experts else set()
         parts = self._parts(index, jobs)
         for groups in parts:
             number = groups[0].expert if groups else None
             here = dict(stats)
             if experts and number is not None:
-                found = experts.stats(number, number in starved)
+                found = experts.stats(number)
                 here = {group.key: found[group.kind] for group in groups}
             factors: dict[tuple, Any] = {}
             for job in [job for job in jobs if id(job) in results]:
@@ -269,7 +268,7 @@ class _Pass:
         mixture = self.family.mixture(index)
         if mixture and experts and any(f".{mixture.experts}." in name for name in result.linears):
             name = f"{self.family.block(index)}.{mixture.experts}"
-            result.experts[name] = {"tokens": experts.tokens(), "starved": experts.starved()}
+            result.experts[name] = {"tokens": experts.tokens, "starved": experts.starved}
             result.notices += [notice] if (notice := experts.notice(name)) else []
         for notice in result.notices:
             self.progress.say(notice)

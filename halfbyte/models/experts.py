@@ -8,7 +8,7 @@ way, but for the order of sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,9 @@ def refuse(model: nn.Module, family: Family) -> None:
         sparse = block.get_submodule(mixture.module)
         experts = sparse.get_submodule("experts")
         fused = experts.__dict__["fused"]
-        gate, up, down = ([e.get_parameter(f"{name}.weight") for e in experts] for name in mixture.projections)
+        gate, up, down = (
+            [expert.get_parameter(f"{name}.weight") for expert in experts.children()] for name in mixture.projections
+        )
         fused.gate_up_proj = _stacked([torch.cat(pair) for pair in zip(gate, up)])
         fused.down_proj = _stacked(down)
         sparse.experts = fused
@@ -101,5 +103,5 @@ def refuse(model: nn.Module, family: Family) -> None:
             block.mlp = sparse
 
 
-def _stacked(weights: list[torch.Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.stack(weights), requires_grad=False)
+def _stacked(weights: Sequence[torch.Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack(list(weights)), requires_grad=False)
