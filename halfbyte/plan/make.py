@@ -76,11 +76,11 @@ def make_plan(
     refuse_bad_tp(model, tp)
     size = Model(model["parameters"], tp)
     platforms = [nearest_first(platform, size) for platform in platforms]
-    limits = dict(gates or {})
+    limits, experts = dict(gates or {}), bool(model["moe"])
     if recipe:
-        decision = Decision(recipe, avoided=_against(recipe, platforms))
+        decision = Decision(recipe, avoided=_against(recipe, platforms, experts))
     else:
-        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"))
+        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"), experts)
     chosen = decision.recipe
     linears = inventory.footprints(chosen, checkpoint)
     forecast = Forecast(checkpoint, model, context, levels, tp)
@@ -161,8 +161,8 @@ def _levels(concurrency: int | Sequence[int] | None, platforms: Sequence[Platfor
     return (concurrency,) if isinstance(concurrency, int) else tuple(sorted(set(concurrency)))
 
 
-def _against(recipe: Recipe, platforms: Sequence[Platform]) -> list[dict[str, str]]:
-    refused = [entry for platform in platforms if (entry := refusal(recipe, platform))]
+def _against(recipe: Recipe, platforms: Sequence[Platform], experts: bool) -> list[dict[str, str]]:
+    refused = [entry for platform in platforms if (entry := refusal(recipe, platform, experts))]
     return [*refused, *badly_served([recipe], platforms)]
 
 
