@@ -45,14 +45,14 @@ _SPECIAL: dict[str, dict] = {
     "qwen2_moe": {
         "num_experts": 3,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
+        "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
     },
     "qwen3_moe": {
         "head_dim": 32,
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
+        "moe_intermediate_size": 128,
         "norm_topk_prob": True,
         "num_hidden_layers": 3,
         "mlp_only_layers": [1],

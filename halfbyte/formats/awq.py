@@ -29,7 +29,7 @@ from halfbyte.formats.base import (
     modules_of,
     most_common_group,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_int32, unpack_int32
 from halfbyte.types import QuantizedLinear, Scheme
@@ -79,15 +79,16 @@ class AWQ(Format):
         }
 
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
-        quantized = self._only_grids(schemes)
-        groups = sorted({stated_group(s.group_size) for s in quantized})
+        self._only_grids(schemes)
+        stated = stated_groups(schemes, fused)
+        groups = sorted(set(stated.values()))
         if len(groups) > 1:
             sizes = " and ".join(map(str, groups))
             raise FormatError(f"an awq file has one group size, not {sizes}: use the smallest, or compressed-tensors")
         return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": most_common_group(quantized),
+            "group_size": most_common_group(stated.values()),
             "zero_point": True,
             "version": "gemm",
             "lm_head": any(is_head(n) and s is not None for n, s in schemes.items()),

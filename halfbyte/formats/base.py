@@ -85,6 +85,17 @@ def stated_group(group_size: int) -> int:
     return group_size if group_size in INT4_GROUPS else -1
 
 
+def stated_groups(schemes: Mapping[str, Scheme | None], fused: Mapping[str, str]) -> dict[str, int]:
+    """The stated group size of each quantized linear. A module of experts has one for all: where its linears have other
+    widths, that of one group per row is -1."""
+    stated = {n: stated_group(s.group_size) for n, s in schemes.items() if s is not None}
+    modules: dict[str, set[int]] = {}
+    for name, size in stated.items():
+        modules.setdefault(fused.get(name, name), set()).add(size)
+    mixed = {module for module, sizes in modules.items() if len(sizes) > 1}
+    return {n: -1 if is_expert(n) and fused.get(n, n) in mixed else g for n, g in stated.items()}
+
+
 def check_int4_group(name: str, q: QuantizedLinear) -> None:
     """Raise FormatError for a group size that a config could not state."""
     if q.group_size not in INT4_GROUPS and q.group_size != q.in_features:
@@ -97,9 +108,9 @@ def columns(group_size: int, in_features: int) -> int:
     return in_features if group_size == -1 else group_size
 
 
-def most_common_group(schemes: Iterable[Scheme]) -> int:
+def most_common_group(stated: Iterable[int]) -> int:
     """The stated group size of most linears (the larger of equals; 128 where nothing is quantized)."""
-    counts = Counter(stated_group(s.group_size) for s in schemes)
+    counts = Counter(stated)
     return max(counts, key=lambda g: (counts[g], g)) if counts else 128
 
 

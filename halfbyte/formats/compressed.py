@@ -35,7 +35,7 @@ from halfbyte.formats.base import (
     modules_of,
     patterns,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_bytes, pack_int32, unpack_bytes, unpack_int32
 from halfbyte.formats.modelopt import blocks_of_16, check_blocks
@@ -109,9 +109,10 @@ class CompressedTensors(Format):
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
         self._only_grids(schemes)
         sorts: dict[Scheme, list[str]] = {}
+        stated = stated_groups(schemes, fused)
         for name, scheme in schemes.items():
             if scheme is not None:
-                group = NVFP4_BLOCK if scheme.grid == "nvfp4" else stated_group(scheme.group_size)
+                group = NVFP4_BLOCK if scheme.grid == "nvfp4" else stated[name]
                 sorts.setdefault(Scheme(scheme.grid, group), []).append(name)
         if len({s.grid for s in sorts}) > 1:
             raise FormatError("one compressed-tensors file holds one grid: quantize all linears in the same")

@@ -31,7 +31,7 @@ from halfbyte.formats.base import (
     most_common_group,
     patterns,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_int32, unpack_int32
 from halfbyte.types import QuantizedLinear, Scheme
@@ -83,10 +83,11 @@ class GPTQ(Format):
         }
 
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
-        base = most_common_group(self._only_grids(schemes))
+        self._only_grids(schemes)
+        others = stated_groups(schemes, fused)
+        base = most_common_group(others.values())
         skipped = [n for n, s in schemes.items() if s is None and not is_head(n)]
         rules: dict[str, dict] = {f"-:{p}": {} for p in patterns(skipped, fused)}
-        others = {n: stated_group(s.group_size) for n, s in schemes.items() if s is not None}
         for group in sorted(set(others.values()) - {base}):
             override = {"bits": 4, "group_size": group, "sym": True, "desc_act": False}
             names = [n for n, g in others.items() if g == group]

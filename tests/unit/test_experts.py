@@ -16,19 +16,22 @@ from transformers import AutoModelForCausalLM
 import halfbyte.engine.block as block_module
 import halfbyte.engine.loop as loop_module
 from halfbyte.algo import Solved, Stats, dequantize
-from halfbyte.artifact import check_artifact, load_fake_quantized
-from halfbyte.engine import Job, Skeleton, quantize_blocks
+from halfbyte.artifact import ArtifactWriter, check_artifact, load_fake_quantized, model_card
+from halfbyte.engine import Job, Skeleton, quantize_blocks, work_id
 from halfbyte.engine.block import BlockResult
 from halfbyte.engine.experts import PRIOR, SPREAD
 from halfbyte.engine.importance import EXPERTS, SINK, first_token
 from halfbyte.engine.loop import make_batches
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.experiments.cells import resolve_cells
+from halfbyte.experiments.matrix import Matrix, MatrixCell
+from halfbyte.experiments.passes import SharedPass, Taker
 from halfbyte.models import Checkpoint, family_of
 from halfbyte.plan.layers import EXPERTS_DOWN, assign, quantized
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Quiet
 from tests.tiny import SPARSE, VOCAB, make_tiny
-from tests.unit.artifacts import weight_of
+from tests.unit.artifacts import digests, random_set, weight_of
 from tests.unit.quantizing.conftest import make
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "mlp_only_layers": []}
@@ -186,6 +189,8 @@ def test_an_expert_without_tokens(family: str, tmp_path: Path, monkeypatch: pyte
     assert row["starved"] == [UNSEEN] and manifest["notices"] == told.notices
     assert f"1 of 5 experts got fewer than {PRIOR} calibration tokens ({UNSEEN} (0))" in told.notices[0]
     assert check_artifact(tmp_path / "out")["ok"]
+    counts = f"0 to {max(row['tokens']):,} calibration tokens each; 1 got too few"
+    assert f"- experts: 5 in 1 blocks, {counts}" in model_card(manifest)
     errors = [r["error"]["relative"] for n, r in manifest["linears"].items() if f".experts.{UNSEEN}." in n]
     assert len(errors) == 3 and all(0 < e < 0.15 for e in errors)
 
@@ -305,3 +310,27 @@ def test_a_config_without_its_experts_is_one_line(missing: str, model_of: Callab
     config = {k: v for k, v in Checkpoint(model_of("mixtral")).config.items() if k != missing}
     with pytest.raises(HalfbyteError, match=r"config\.json lacks num_experts"):
         family_of(config)
+
+
+def test_a_sweep_of_a_mixture_shares_what_is_the_same(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Cells that differ in the attention alone share the experts; the artifacts are byte for byte those of quantize."""
+    path = model_of("mixtral", num_hidden_layers=2)
+    base = {"method": "gptq", "group_size": 32}
+    recipes = {"a": base, "b": {**base, "ignore": ["lm_head", "re:.*self_attn.*"]}}
+    cells = tuple(MatrixCell(name, r, recipe=Recipe.model_validate(r)) for name, r in recipes.items())
+    checkpoint, data = Checkpoint(path), random_set()
+    takers = []
+    for cell in resolve_cells(Matrix("m", "", cells), checkpoint, []):
+        work = work_id(cell.recipe, checkpoint.fingerprint(), data.sha256)  # type: ignore[arg-type]
+        writer = ArtifactWriter(tmp_path / cell.name, checkpoint, cell.recipe, cell.plans, work)  # type: ignore[arg-type]
+        writer.open()
+        takers.append(Taker(cell, writer))
+    shared = SharedPass(checkpoint, takers, data, "cpu")
+    shared.run()
+    assert shared.solved == 2 * 2, "of each block: attention once, experts once"
+    for taker in takers:
+        assert not taker.cell.reason
+        manifest = taker.writer.finish({})
+        assert len(manifest["experts"]) == 2
+        make(path, tmp_path / "alone" / taker.cell.name, recipes[taker.cell.name])
+        assert digests(tmp_path / taker.cell.name) == digests(tmp_path / "alone" / taker.cell.name)
