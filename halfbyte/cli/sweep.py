@@ -133,7 +133,7 @@ LEFT = ("cell", "method", "in BF16", "95 % interval", "gates", "front", "note")
 
 
 def _words(row: dict[str, Any]) -> dict[str, str]:
-    from halfbyte.report.sweep import exemption_words
+    from halfbyte.report.sweep_cells import exemption_words
 
     metrics = row["eval"]["metrics"]
     kl, speed = metrics["kl_mean"], row["tokens_per_second"]
