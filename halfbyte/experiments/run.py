@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import halfbyte
-from halfbyte.artifact import MANIFEST, check_artifact, load_fake_quantized, model_card, read_manifest, work_of
+from halfbyte.artifact import MANIFEST, check_artifact, model_card, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import ALGORITHM_VERSION, work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.experiments.evaluating import measure_fidelity
 from halfbyte.experiments.gates import evaluate_gates, resolve_gates
-from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize, self_generated
+from halfbyte.experiments.quantize import load_tokenizer, quantize, self_generated
 from halfbyte.files import TEMPORARY, locked, portable, write_json, write_text
 from halfbyte.models import Checkpoint, hub_id, resolve_model
 from halfbyte.models.checkpoint import read_json
@@ -237,12 +238,8 @@ class _Run:
         text = {**key, "windows": windows.sha256}
 
         def evaluate() -> None:
-            device = request.device or "cpu"
-            baseline = load_model(self.path, device)
-            fidelity = compare(
-                baseline, load_fake_quantized(self.artifact, device=device), windows, progress=self.progress
-            )
-            write_result(out, fidelity, self.artifact.name, portable(request.model))
+            fidelity = measure_fidelity(self.artifact, self.path, windows, request.device or "cpu", self.progress)
+            write_result(out, fidelity, self.artifact.name, portable(request.model), load_tokenizer(self.path))
 
         def serve() -> None:
             served = compare_served(
