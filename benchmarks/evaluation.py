@@ -1,7 +1,7 @@
 """What an evaluation costs, in forward passes: BF16 and 4-bit perplexity and KL on one text, BF16 anew and kept.
 
-A forward pass is the model's own, logits and all, over the same batches of the same tokens. Both times are taken in this
-process, one after the other; the models are loaded before.
+A forward pass is the model's own, logits and all, over the same batches of the same tokens. Both times are taken
+here, one after the other; the models are loaded before.
 """
 
 from __future__ import annotations
