@@ -17,8 +17,11 @@ from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
+from halfbyte.models.licence import licence_of
+from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
@@ -136,7 +139,9 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     """What the manifest says of the model; a directory's `path` is seen from the artifact, where that tells."""
     public = hub_id(model)
     place = None if public else seen_from(output, path)
-    return {"name": portable(model), "hub_id": public, "path": place, "sha256": fingerprint}
+    licence = licence_of(path) or (DEMO_LICENCE if model == DEMO_MODEL else None)
+    named = {"name": portable(model), "hub_id": public, "path": place}
+    return {**named, "sha256": fingerprint, "license": licence}
 
 
 def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
@@ -180,6 +185,7 @@ def calibration_for(
         raise HalfbyteError(
             f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
         )
+    keep_tokens(data)
     return data
 
 

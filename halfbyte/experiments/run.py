@@ -20,6 +20,7 @@ from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import ALGORITHM_VERSION, work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.evaluating import measure_fidelity
 from halfbyte.experiments.gates import evaluate_gates, resolve_gates
 from halfbyte.experiments.quantize import load_tokenizer, quantize, self_generated
@@ -145,7 +146,7 @@ class _Run:
         commands = self._commands(recipe)
         results = {name: read_json(self.out / f"{name}.json") for name in ("plan", "check", "served", "eval", "gates")}
         here = {p.name: self._command(recipe, p, ".") for p in self.platforms if p.name in commands}
-        card = model_card(manifest, results["eval"], results["served"], results["gates"], here)
+        card = model_card(manifest, **card_results(self.out), commands=here)
         write_text(self.artifact / "README.md", card)
         build_report(self.out)
         return {
