@@ -60,9 +60,11 @@ def _repository(api: Any, repo: str, public: bool) -> tuple[bool, bool]:
 @contextmanager
 def _one_line(repo: str) -> Iterator[None]:
     """Whatever the Hub, the network or the library says, in one line that tells what to do."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
+    transport: tuple[Any, ...] = (
+        HfHubHTTPError.__bases__
+    )  # the errors of the HTTP library, in whichever version the Hub's carries it
     try:
         yield
     except HfHubHTTPError as error:
@@ -71,7 +73,7 @@ def _one_line(repo: str) -> Iterator[None]:
         raise HalfbyteError(
             f"the Hub refused {repo} ({status}: {_first(error.server_message or error)}): {hint}"
         ) from None
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (*transport, OSError, ValueError, RuntimeError) as error:
         raise HalfbyteError(f"{repo} was not uploaded: {_first(error)}; the same command goes on") from None
 
 
