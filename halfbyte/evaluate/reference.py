@@ -4,8 +4,8 @@ What is kept is not the logits but what the model's head reads: a hidden state f
 dtype, and the head itself. The logits come from them by one matrix product, the very one that the model does, so that
 nothing is lost: 1,152 bytes a token for SmolLM2-135M instead of 98,304, 8 KiB instead of 250 for Llama-3-8B.
 
-On disk: windows.safetensors (the tokens and which of them count), hidden.safetensors (`hidden` [N, D], in the order of
-the batches), head.safetensors, and reference.json, last. Comparing with it gives the very figures of `compare`.
+On disk: reference.safetensors (the tokens and which of them count, `hidden` [N, D] in the order of the batches, the
+head) and reference.json, last. Comparing with it gives the very figures of `compare`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from halfbyte.files import make_directory, write_json, write_tensors
 from halfbyte.models.checkpoint import read_json
 from halfbyte.types import Progress, Quiet
 
-RESULT = "reference.json"
+TENSORS, RESULT = "reference.safetensors", "reference.json"
 BATCH_TOKENS = 1024
 NOISE_TOKENS = 2048
 """Tokens that the noise floor is measured on."""
@@ -54,14 +54,17 @@ class Reference:
 
     def save(self, directory: Path) -> None:
         """Into an empty or missing directory; raises HalfbyteError where the disk refuses."""
-        lengths = torch.tensor([len(ids) for ids in self.windows.ids])
-        scored = torch.cat(self.windows.scored).to(torch.uint8)
-        head = {"weight": self.head.weight} | ({} if self.head.bias is None else {"bias": self.head.bias})
-        make_directory(directory)
-        write_tensors(directory / "hidden.safetensors", {"hidden": self.hidden})
-        write_tensors(directory / "head.safetensors", {name: value.data for name, value in head.items()})
-        tokens = {"ids": torch.cat(self.windows.ids), "scored": scored, "lengths": lengths}
-        write_tensors(directory / "windows.safetensors", tokens)
+        windows = self.windows
+        tensors = {
+            "ids": torch.cat(windows.ids),
+            "scored": torch.cat(windows.scored).to(torch.uint8),
+            "lengths": torch.tensor([len(ids) for ids in windows.ids]),
+            "hidden": self.hidden,
+            "weight": self.head.weight.data,
+        }
+        if self.head.bias is not None:
+            tensors["bias"] = self.head.bias.data
+        write_tensors(make_directory(directory) / TENSORS, tensors)
         write_json(directory / RESULT, {**self.facts, "cap": self.head.cap})
 
     @classmethod
@@ -69,13 +72,11 @@ class Reference:
         """Read it back; raises HalfbyteError where the directory holds no whole reference."""
         facts = read_json(directory / RESULT)
         try:
-            tokens, hidden, head = (
-                load_file(directory / f"{name}.safetensors") for name in ("windows", "hidden", "head")
-            )
-            ids = list(tokens["ids"].split(tokens["lengths"].tolist()))
-            scored = list(tokens["scored"].bool().split(tokens["lengths"].tolist()))
-            windows = Windows(ids, scored, **facts["text"])
-            return cls(windows, hidden["hidden"], Head(head["weight"], head.get("bias"), facts["cap"]), facts)
+            found = load_file(directory / TENSORS)
+            lengths = found["lengths"].tolist()
+            ids, scored = list(found["ids"].split(lengths)), list(found["scored"].bool().split(lengths))
+            head = Head(found["weight"], found.get("bias"), facts["cap"])
+            return cls(Windows(ids, scored, **facts["text"]), found["hidden"], head, facts)
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise HalfbyteError(f"{directory} holds no whole reference: run the same command again") from error
 

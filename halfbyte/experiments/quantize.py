@@ -65,6 +65,7 @@ def quantize(
     output = Path(output_dir)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
+    place = _set_directory(calibration)
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
         fingerprint = checkpoint.fingerprint()
@@ -87,11 +88,14 @@ def quantize(
         progress.start("writing the checkpoint", 1)
         facts = {
             **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
+            "calibration_path": seen_from(output, place) if place else None,
             "notices": told,
             "resumed": resumed,
             "seconds": round(time.monotonic() - started, 3),
         }
         manifest = writer.finish(facts)
+        if place is None:
+            keep_tokens(data)
         progress.advance()
         return manifest
 
@@ -184,8 +188,8 @@ def calibration_for(
     recipe needs one) one that the model writes itself, kept in the cache. Raises HalfbyteError for too few tokens."""
     if isinstance(given, CalibrationSet):
         data = given
-    elif given and len(given) == 1 and Path(given[0]).is_dir():
-        data = CalibrationSet.load(given[0])
+    elif (place := _set_directory(given)) is not None:
+        data = CalibrationSet.load(place)
     elif given:
         data = build(load_tokenizer(model), recipe.calibration, sources=given, progress=progress)
     elif recipe.needs_calibration:
@@ -196,8 +200,14 @@ def calibration_for(
         raise HalfbyteError(
             f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
         )
-    keep_tokens(data)
     return data
+
+
+def _set_directory(given: Sequence[str | Path] | CalibrationSet | None) -> Path | None:
+    """The directory of a set that was given as one."""
+    if isinstance(given, CalibrationSet) or not given or len(given) != 1 or not Path(given[0]).is_dir():
+        return None
+    return Path(given[0])
 
 
 def self_generated(

@@ -168,6 +168,7 @@ def _tokens(
     return find_tokens(
         described,
         place.resolve(),
+        told.get("calibration_path"),
         given,
         lambda spec: self_generated(path, spec, device, progress),
         lambda: load_tokenizer(path),

@@ -1,7 +1,8 @@
 """The calibration tokens that an artifact was made with, found again by their SHA-256.
 
-They are no part of an artifact: it would carry its maker's text to wherever it is published. They are kept in the
-cache by what they are, in a run's directory, and else made again from the description in the manifest.
+They are no part of an artifact: it would carry its maker's text to wherever it is published. A set that was given as a
+directory is found there, a run's and a sweep's in their directories; what was cut from text for one artifact is kept in
+the cache; and a set that the model wrote is written again.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ MOST_TOKENS = 1 << 24
 """A larger set is not kept in the cache (4 bytes a token)."""
 
 
-def keep_tokens(data: CalibrationSet) -> None:
+def keep_tokens(data: CalibrationSet | None) -> None:
     """Keep a set in the cache under its SHA-256. A cache that cannot be written is no error: the set is there."""
-    place = _place(data.sha256)
-    if data.tokens <= MOST_TOKENS and not (place / "manifest.json").is_file():
+    if data is not None and data.tokens <= MOST_TOKENS and not (_place(data.sha256) / "manifest.json").is_file():
         with suppress(HalfbyteError):
-            data.save(place)
+            data.save(_place(data.sha256))
 
 
 def find_tokens(
     described: Mapping[str, Any],
     near: Path,
+    path: str | None,
     given: Sequence[Path],
     rebuild: Any,
     tokenizer: Any,
@@ -39,7 +40,8 @@ def find_tokens(
 ) -> CalibrationSet:
     """The set that a manifest describes (its "calibration"), with the very tokens.
 
-    near        the artifact's directory; a run keeps the set beside it
+    near        the artifact's directory; a run keeps the set beside it, a sweep its sets beside the cells
+    path        the set's directory as seen from there, where it was given as one
     given       what the user names: a set's directory, or the text files that it was cut from; none: look for it
     rebuild     rebuild(spec) gives the set that the model writes itself
     tokenizer   tokenizer() gives the model's tokenizer, for text files
@@ -52,7 +54,12 @@ def find_tokens(
             what = ", ".join(path.name for path in given)
             raise HalfbyteError(f"{what} gives other tokens ({data.sha256[:12]}) than the manifest's ({sha256[:12]})")
         return data
-    for place in (near.parent / "calibration", _place(sha256)):
+    beside = [
+        *([near / path] if path else []),
+        near.parent / "calibration",
+        *sorted((near.parent.parent / "calibration").glob("*")),
+    ]
+    for place in (*beside, _place(sha256)):
         kept = _there(place)
         if kept is not None and kept.sha256 == sha256:
             return kept

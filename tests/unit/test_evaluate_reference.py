@@ -69,7 +69,7 @@ def test_what_comes_back_from_disk_gives_the_very_figures(bf16, tmp_path):
     assert found.noise_floor == direct.noise_floor and kept.head.cap == 30.0
     size = sum(file.stat().st_size for file in (tmp_path / "kept").iterdir())
     assert size < 1.1 * kept.facts["bytes"] + 8192
-    (tmp_path / "kept" / "hidden.safetensors").write_bytes(b"")
+    (tmp_path / "kept" / "reference.safetensors").write_bytes(b"")
     with pytest.raises(HalfbyteError, match="no whole reference"):
         Reference.load(tmp_path / "kept")
 
@@ -85,7 +85,7 @@ def test_the_second_artifact_does_not_run_bf16_again(bf16):
     again = cached_reference(load, windows, "f" * 64, "cpu", noise_tokens=30, progress=told)
     assert len(runs) == 1 and torch.equal(first.hidden, again.hidden) and "not run again" in told.notices[0]
     (kept,) = references_dir().iterdir()
-    (kept / "head.safetensors").write_bytes(b"broken")
+    (kept / "reference.safetensors").write_bytes(b"broken")
     cached_reference(load, windows, "f" * 64, "cpu", noise_tokens=30)
     assert len(runs) == 2 and Reference.load(kept).facts == again.facts, "what is damaged is made again"
     other = random_windows([30, 30])

@@ -133,17 +133,35 @@ def test_tokens_are_found_or_made_again(model: Path, tmp_path: Path, monkeypatch
     wanted = random_set(seed=3)
     nothing: Any = pytest.fail
     wanted.save(tmp_path / "run" / "calibration")
-    assert find_tokens(wanted.manifest, tmp_path / "run" / "model", (), nothing, nothing).sha256 == wanted.sha256
+    assert find_tokens(wanted.manifest, tmp_path / "run" / "model", None, (), nothing, nothing).sha256 == wanted.sha256
+    wanted.save(tmp_path / "named")
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    assert (
+        find_tokens(wanted.manifest, tmp_path / "x" / "y", "../../named", (), nothing, nothing).sha256 == wanted.sha256
+    )
+    wanted.save(tmp_path / "sweep" / "calibration" / "abc")
+    assert (
+        find_tokens(wanted.manifest, tmp_path / "sweep" / "cells" / "B1", None, (), nothing, nothing).sha256
+        == wanted.sha256
+    )
     own = CalibrationSet.of(
         wanted.sequences, {"source": {"kind": "self-generated"}, "asked": {"sequences": 3, "max_tokens": 64}, "seed": 4}
     )
     specs = []
     again = find_tokens(
-        own.manifest, tmp_path / "elsewhere" / "model", (), lambda spec: specs.append(spec) or own, nothing
+        own.manifest, tmp_path / "elsewhere" / "model", None, (), lambda spec: specs.append(spec) or own, nothing
     )
     assert again is own and (specs[0].sequences, specs[0].max_tokens, specs[0].seed) == (3, 64, 4)
     with pytest.raises(room.HalfbyteError, match="writes other text"):
-        find_tokens(own.manifest, tmp_path / "elsewhere" / "model", (), lambda spec: random_set(seed=9), nothing)
+        find_tokens(own.manifest, tmp_path / "elsewhere" / "model", None, (), lambda spec: random_set(seed=9), nothing)
+
+
+def test_a_set_s_directory_is_remembered(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    random_set(seed=6).save(tmp_path / "set")
+    made = quantize(str(model), Recipe.model_validate(GPTQ), tmp_path / "out", [tmp_path / "set"])
+    assert made["calibration_path"] == "../set" and not (tmp_path / "cache" / "tokens").exists(), "no second copy"
+    assert reproduce(tmp_path / "out", model=str(model))["result"] == "identical"
 
 
 def test_text_is_cut_again(model: Path, tmp_path: Path) -> None:
