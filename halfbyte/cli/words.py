@@ -82,6 +82,8 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
     manifest, gates = result["manifest"], result["gates"]
     lines = [gates["text"], "", eval_words(result["eval"]), "", size_line(directory / "model", manifest)]
     lines += [worst_line(manifest), served_line(result["served"]), ""]
+    if result.get("mitigation"):
+        lines += [*ladder_lines(result["mitigation"]), ""]
     if not result["fresh"]:
         lines.append(f"everything was there already; looked through in {result['seconds']:.1f} s")
     lines.append(f"report: {directory / 'report.html'} (and report.md)")
@@ -89,5 +91,21 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
     if gates["verdict"] == "rejected":
         lines.append("next: another recipe (halfbyte ls recipes), more calibration text (--text), or a budget (--gate)")
     else:
-        lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}")
+        kept = ((result.get("mitigation") or {}).get("final") or {}).get("candidate", {}).get("kv_cache")
+        more = f" -- --kv-cache-dtype {kept}" if kept else ""
+        lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}{more}")
     return "\n".join(lines)
+
+
+def ladder_lines(mitigation: dict[str, Any]) -> list[str]:
+    """The steps of the mitigation ladder that were made, a line each."""
+    from halfbyte.experiments.mitigation import change_words
+
+    lines = ["mitigation, step by step:"]
+    for row in mitigation["ladder"]:
+        cost = row["cost"]
+        paid = f"{cost['seconds']:.0f} s, {cost['bytes_added'] / MIB:+.1f} MiB"
+        moved = [f"{name} {row['before'][name]:.4g} -> {new:.4g}" for name, new in row["after"].items()]
+        did = change_words(row["changes"]) or row["title"]
+        lines.append(f"  {did}: {row['verdict']}" + (f" ({', '.join(moved)}; {paid})" if moved else ""))
+    return lines

@@ -15,8 +15,10 @@ import torch
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
+from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.experiments.blocks import BlockStore
 from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
@@ -42,6 +44,7 @@ def quantize(
     device: str | None = None,
     force: bool = False,
     command: str | None = None,
+    blocks: BlockStore | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
@@ -51,6 +54,7 @@ def quantize(
     calibration   a set made by `halfbyte calibrate`, or text files; None: the model writes its own text where
                   the recipe needs any
     force         give up what `output_dir` holds
+    blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
     """
@@ -79,8 +83,12 @@ def quantize(
                 return read_manifest(output)
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
+            if blocks and data:
+                blocks.lend(writer, data.sha256)
             job = _job(writer, recipe)
             quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+            if blocks and data:
+                blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)
         except HalfbyteError:
             writer.abandon()
@@ -172,9 +180,11 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
+        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
-    return Job(recipe, quantized(writer.plans), writer.done, emit)
+    schemes = quantized(writer.plans)
+    solved = {HEAD if plan.block is None else plan.block for plan in writer.plans if plan.name in schemes}
+    return Job(recipe, schemes, lambda block: block not in solved or writer.done(block), emit)
 
 
 def calibration_for(
@@ -229,10 +239,12 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
     from transformers import AutoTokenizer
 
+    Checkpoint(path).tokenizer_files()
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # files of a stranger may make the library raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__} {reason}"
         raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error
 
 
@@ -242,9 +254,13 @@ def load_model(path: Path, device: str = "cpu") -> Any:
 
     Checkpoint(path).tensors  # noqa: B018  a missing or truncated shard gets its one line here
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
+        )
         return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HalfbyteError(f"{path} cannot be loaded by transformers: {reason}") from error
 
