@@ -61,16 +61,19 @@ def eval_words(result: dict[str, Any]) -> str:
         "kl_p99": "KL, p99",
         "kl_p999": "KL, p99.9",
         "top1": "top-1 agreement",
+        "flips": "right or wrong, changed",
         "loglik_gap": "log-likelihood lost",
     }
     text, floor = result["text"], result["noise_floor"]
     shape = f"{text['windows']} windows of up to {text['window']}, stride {text['stride']}"
     lines = [f"{text['source']}: {shape}, {text['tokens']:,} scored tokens", ""]
-    lines.append(f"{'':22}{'value':>10}  {'95 % interval':^23}  {'noise floor':>11}")
+    lines.append(f"{'':24}{'value':>10}  {'95 % interval':^23}  {'noise floor':>11}")
     for key, label in names.items():
+        if key not in result["metrics"]:
+            continue
         m = result["metrics"][key]
         noise = f"{floor[key]:>11.4g}" if key in floor else ""
-        lines.append(f"{label:22}{m['value']:>10.4f}  {m['low']:>10.4f} .. {m['high']:<10.4f} {noise}")
+        lines.append(f"{label:24}{m['value']:>10.4f}  {m['low']:>10.4f} .. {m['high']:<10.4f} {noise}")
     return "\n".join(lines)
 
 

@@ -10,19 +10,19 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.artifact import MANIFEST, load_fake_quantized, read_manifest, work_of
+from halfbyte.artifact import MANIFEST, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import set_windows
-from halfbyte.evaluate.reference import compare_with_reference, make_reference
 from halfbyte.experiments.blocks import BlockStore
 from halfbyte.experiments.climb import Standing
+from halfbyte.experiments.evaluating import measure_fidelity
 from halfbyte.experiments.exemptions import bits_of, choose_exemptions
 from halfbyte.experiments.gates import evaluate_gates
 from halfbyte.experiments.measurements import available
 from halfbyte.experiments.mitigation import Budget, Candidate
-from halfbyte.experiments.quantize import load_model, quantize
+from halfbyte.experiments.quantize import load_tokenizer, quantize
 from halfbyte.experiments.workshop import Workshop
 from halfbyte.files import make_directory, portable, write_json
 from halfbyte.models.checkpoint import read_json
@@ -37,7 +37,7 @@ SENSITIVITY_TOKENS = 2048
 class RunGround:
     """A Ground (climb.py) in the workshop's directory.
 
-    mitigation/     what only the climb needs: solved blocks, calibration sets, the reference, results by work
+    mitigation/     what only the climb needs: solved blocks, calibration sets, results by work
     model-next/     the candidate at hand;  model-best/: the best so far, where that is not model/ itself
     climbing        files of the measurements that are made at every step, eval.json aside
     """
@@ -156,17 +156,8 @@ class RunGround:
 
     def _evaluate(self, artifact: Path) -> dict[str, Any]:
         shop = self.shop
-        label = f"{shop.fingerprint}:{shop.device}"
-        reference = make_reference(
-            self.place / "reference",
-            lambda: load_model(shop.path, shop.device),
-            shop.windows,
-            label,
-            progress=shop.progress,
-        )
-        model = load_fake_quantized(artifact, device=shop.device)
-        fidelity = compare_with_reference(reference, model, progress=shop.progress)
-        return fidelity.result(shop.artifact.name, portable(shop.request.model))
+        fidelity = measure_fidelity(artifact, shop.path, shop.windows, shop.device, shop.progress)
+        return fidelity.result(shop.artifact.name, portable(shop.request.model), load_tokenizer(shop.path))
 
     def _result(self, work: str, product: str, make: Any) -> dict[str, Any]:
         """A measurement's result for a candidate: the one that is kept, or a new one."""

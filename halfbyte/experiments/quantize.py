@@ -19,8 +19,11 @@ from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
+from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
+from halfbyte.models.licence import licence_of
+from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
@@ -66,6 +69,7 @@ def quantize(
     output = Path(output_dir)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
+    place = _set_directory(calibration)
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
         fingerprint = checkpoint.fingerprint()
@@ -92,11 +96,14 @@ def quantize(
         progress.start("writing the checkpoint", 1)
         facts = {
             **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
+            "calibration_path": seen_from(output, place) if place else None,
             "notices": told,
             "resumed": resumed,
             "seconds": round(time.monotonic() - started, 3),
         }
         manifest = writer.finish(facts)
+        if place is None:
+            keep_tokens(data)
         progress.advance()
         return manifest
 
@@ -155,7 +162,9 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     """What the manifest says of the model; a directory's `path` is seen from the artifact, where that tells."""
     public = hub_id(model)
     place = None if public else seen_from(output, path)
-    return {"name": portable(model), "hub_id": public, "path": place, "sha256": fingerprint}
+    licence = licence_of(path) or (DEMO_LICENCE if model == DEMO_MODEL else None)
+    named = {"name": portable(model), "hub_id": public, "path": place}
+    return {**named, "sha256": fingerprint, "license": licence}
 
 
 def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
@@ -189,8 +198,8 @@ def calibration_for(
     recipe needs one) one that the model writes itself, kept in the cache. Raises HalfbyteError for too few tokens."""
     if isinstance(given, CalibrationSet):
         data = given
-    elif given and len(given) == 1 and Path(given[0]).is_dir():
-        data = CalibrationSet.load(given[0])
+    elif (place := _set_directory(given)) is not None:
+        data = CalibrationSet.load(place)
     elif given:
         data = build(load_tokenizer(model), recipe.calibration, sources=given, progress=progress)
     elif recipe.needs_calibration:
@@ -202,6 +211,13 @@ def calibration_for(
             f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
         )
     return data
+
+
+def _set_directory(given: Sequence[str | Path] | CalibrationSet | None) -> Path | None:
+    """The directory of a set that was given as one."""
+    if isinstance(given, CalibrationSet) or not given or len(given) != 1 or not Path(given[0]).is_dir():
+        return None
+    return Path(given[0])
 
 
 def self_generated(

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.artifact import MANIFEST, check_artifact, load_fake_quantized, model_card, read_manifest, work_of
+from halfbyte.artifact import MANIFEST, check_artifact, model_card, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.climb import Climb
+from halfbyte.experiments.evaluating import measure_fidelity
 from halfbyte.experiments.gates import ALWAYS, evaluate_gates
 from halfbyte.experiments.ground import RunGround
 from halfbyte.experiments.measurements import Measurement, available, unavailable
 from halfbyte.experiments.mitigation import Candidate, next_step, parse_budget
-from halfbyte.experiments.quantize import load_model, quantize
+from halfbyte.experiments.quantize import load_tokenizer, quantize
 from halfbyte.experiments.stages import STATE, Stages, digest
 from halfbyte.experiments.workshop import (
     CALIBRATION_SHARE,
@@ -145,7 +147,7 @@ class _Run:
         here = {
             p.name: self.shop.command(chosen.recipe, p, ".") for p in self.shop.serving(chosen) if p.name in commands
         }
-        card = model_card(manifest, results["eval"], results["served"], results["gates"], here)
+        card = model_card(manifest, **card_results(self.out), commands=here)
         write_text(self.artifact / "README.md", card)
         self.ground.clear()
         build_report(self.out)
@@ -253,10 +255,9 @@ class _Run:
         if found.is_file():
             write_json(self.out / EVAL, read_json(found))
             return
-        baseline = load_model(self.shop.path, device)
-        quantized = load_fake_quantized(self.artifact, device=device)
-        fidelity = compare(baseline, quantized, self.shop.windows, progress=self.progress)
-        write_result(self.out, fidelity, self.artifact.name, portable(self.request.model))
+        fidelity = measure_fidelity(self.artifact, self.shop.path, self.shop.windows, device, self.progress)
+        tokenizer = load_tokenizer(self.shop.path)
+        write_result(self.out, fidelity, self.artifact.name, portable(self.request.model), tokenizer)
 
     def _extra(self, row: Measurement, chosen: Candidate, manifest: dict[str, Any]) -> None:
         """One measurement of the registry, where it is asked for; what is there under its key counts in any case."""
