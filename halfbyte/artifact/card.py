@@ -145,11 +145,22 @@ def _making(manifest: Mapping[str, Any]) -> str:
         lines.append(f"- calibration: {_md(_calibration_words(calibration))}")
     if isinstance(calibration, Mapping) and calibration.get("sha256"):
         lines.append(f"- calibration tokens, SHA-256: {_md(calibration['sha256'])}")
+    experts = manifest.get("experts")
+    if isinstance(experts, Mapping) and experts:
+        lines.append(f"- experts: {_experts_words(experts)}; routers stay in BF16")
     versions = manifest.get("versions") or {}
     if versions:
         lines.append("- versions: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in versions.items() if v))
     lines.append("- everything else (per-linear errors, hashes, times, commands): `halfbyte.json` beside this file")
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _experts_words(experts: Mapping[str, Any]) -> str:
+    """How the calibration tokens were spread over the experts."""
+    counts = [count for row in experts.values() for count in row["tokens"]]
+    starved = sum(len(row["starved"]) for row in experts.values())
+    few = f"; {starved} got too few for statistics of their own alone" if starved else ""
+    return f"{len(counts)} in {len(experts)} blocks, {min(counts):,} to {max(counts):,} calibration tokens each{few}"
 
 
 def _calibration_words(calibration: Mapping[str, Any]) -> str:

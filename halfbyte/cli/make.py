@@ -113,9 +113,7 @@ def plan(
     words += ["--concurrency", str(max(levels))] if levels else []
     words += [word for budget in gate or [] for word in ("--gate", budget)]
     follow = shlex.join(["halfbyte", "run", model, *words, "-o", str(target)])
-    refused = result["model"]["moe"] and not result["model"]["moe"]["supported"]
-    last = "no next step: halfbyte quantize does not support this family yet" if refused else f"next: {follow}"
-    emit(result, style, f"{render_plan(result, explain)}\n\n{last}")
+    emit(result, style, f"{render_plan(result, explain)}\n\nnext: {follow}")
 
 
 def _levels(text: str | None) -> list[int] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluate import Windows
+from halfbyte.experiments import quality_measurements as quality
 from halfbyte.experiments import served_measurements
 from halfbyte.experiments.gate_kinds import Gate
 from halfbyte.platforms import Platform
@@ -69,6 +70,8 @@ class Measurement:
 
 
 MEASUREMENTS: list[Measurement] = [
+    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, climbs=True),
+    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, climbs=True),
     Measurement("bench", "bench.json", served_measurements.key, served_measurements.bench),
     Measurement("stability", "stability.json", served_measurements.key, served_measurements.stability),
 ]

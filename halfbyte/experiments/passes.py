@@ -163,7 +163,7 @@ class SharedPass:
                 taker.writer.adopt(block, self.kept[content])
             else:
                 whole = _together([parts[key] for key in taker.parts[block]])
-                taker.writer.emit(block, whole.linears, whole.tensors, whole.seconds, whole.notices)
+                taker.writer.emit(block, whole.linears, whole.tensors, whole.seconds, whole.notices, whole.experts)
                 self.kept[content] = taker.writer
         except Exception as error:
             taker.cell.fail("writing", error)
@@ -180,8 +180,5 @@ def _together(parts: Sequence[BlockResult]) -> BlockResult:
     """Parts of one block as the block's result."""
     whole = BlockResult()
     for part in parts:
-        whole.linears |= part.linears
-        whole.tensors |= part.tensors
-        whole.notices += part.notices
-        whole.seconds += part.seconds
+        whole.add(part)
     return whole

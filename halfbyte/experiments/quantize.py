@@ -171,7 +171,7 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
+        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
     schemes = quantized(writer.plans)
     solved = {HEAD if plan.block is None else plan.block for plan in writer.plans if plan.name in schemes}

@@ -15,7 +15,7 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import bootstrap, compare, score_reference, set_windows, text_windows, write_result
 from halfbyte.evaluate.scoring import logits_of
 from halfbyte.evaluate.windows import Windows, batches
-from tests.tiny import FAMILIES, make_tiny, tiny_tokenizer
+from tests.tiny import DENSE, make_tiny, tiny_tokenizer
 from tests.unit.test_calibration import with_bos
 
 
@@ -61,7 +61,7 @@ def naive(baseline, model, windows):
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("batch_tokens", [1, 100])
 def test_scores_equal_the_naive_ones(models, family, batch_tokens, monkeypatch):
     monkeypatch.setattr("halfbyte.evaluate.scoring.CHUNK_ELEMENTS", {"cpu": 7 * 320})
@@ -89,7 +89,7 @@ def test_a_model_equals_itself_and_the_noise_floor_is_small(models):
     assert 0 <= found.noise_floor["kl_mean"] < 1e-2 and found.noise_floor["top1"] > 0.9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_two_pieces_are_the_same_mathematics(models, family):
     ids = random_windows([50]).ids[0].unsqueeze(0)
     model = models(family)
