@@ -57,9 +57,6 @@ MaxTokens = Annotated[
 LongContext = Annotated[
     bool, typer.Option("--long-context", help="Retrieval at growing lengths; with --text, perplexity by position.")
 ]
-Lengths = Annotated[
-    str | None, typer.Option(metavar="N,N", help="Lengths for --long-context, as 4k,16k; else up to the model's own.")
-]
 Samples = Annotated[int, typer.Option(metavar="N", min=1, help="--long-context: prompts a task, length and depth.")]
 BackendOption = Annotated[
     Backend, typer.Option("--backend", metavar="NAME", help="hf (transformers), or vllm with both models in turn.")
@@ -101,7 +98,7 @@ class Asked:
         """Whether anything was asked for. Raises UsageError for options that lack each other."""
         if bool(self.chat) != bool(self.judge) or bool(self.chat) != bool(self.judge_model):
             raise UsageError("--chat FILE, --judge URL and --judge-model NAME go together: give all three")
-        wanted = bool(self.task or self.qa or self.chat or self.long_context or self.lengths)
+        wanted = bool(self.task or self.qa or self.chat or self.long_context)
         if not wanted and self.backend is not Backend.hf:
             raise UsageError("--backend vllm is for --task, --qa, --chat and --long-context: name one of them")
         return wanted
@@ -125,7 +122,8 @@ def _check(asked: Asked) -> None:
     from halfbyte.evaluate import chat, qa
     from halfbyte.evaluate.judge import Judge
 
-    parse_lengths(asked.lengths)
+    if asked.long_context:
+        parse_lengths(asked.lengths)
     if asked.qa:
         qa.require_metric(asked.qa_metric)
         qa.read_questions(asked.qa)
@@ -172,7 +170,7 @@ def _measure(pair: Pair, asked: Asked, output: Path | None, shown: TerminalProgr
             )
         if output:
             chat.write_chat(output, results["chat"])
-    if asked.long_context or asked.lengths:
+    if asked.long_context:
         results["long_context"] = long_context.evaluate_long_context(
             pair,
             parse_lengths(asked.lengths),

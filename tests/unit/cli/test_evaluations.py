@@ -43,7 +43,8 @@ def test_questions_chat_and_long_context_in_one_go(
     chat.write_text('{"question_id": 1, "turns": ["Hello", "And?"]}\n')
     with service(judge) as url:
         words = ["--qa", questions, "--chat", chat, "--judge", url, "--judge-model", "j", "--max-tokens", 4]
-        assert halfbyte("eval", long_artifact, *words, "--lengths", "700", "--samples", 1, "-o", out) == 0
+        more = ["--long-context", "--lengths", "700", "--samples", 1]
+        assert halfbyte("eval", long_artifact, *words, *more, "-o", out) == 0
     shown = capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"tasks.json", "qa.jsonl", "chat.json", "long_context.json"}
     kinds = {name: json.loads((out / f"{name}.json").read_text()) for name in ("tasks", "chat", "long_context")}
@@ -85,7 +86,7 @@ def test_what_does_not_go_together(refused: Any, made: Path, questions: Path, tm
     assert "go together" in refused(2, "eval", made, "--judge", "http://x", "--judge-model", "y")
     assert "name one of them" in refused(2, "eval", made, "--backend", "vllm")
     assert "does not exist" in refused(2, "eval", made, "--qa", tmp_path / "none")
-    assert "is no length" in refused(2, "eval", made, "--lengths", "4k,long")
+    assert "is no length" in refused(2, "eval", made, "--long-context", "--lengths", "4k,long")
     assert "no metric" in refused(2, "eval", made, "--qa", questions, "--qa-metric", "f2")
     assert "256 positions" in refused(2, "eval", made, "--long-context", "--lengths", "8k")
     assert "no vLLM found" in refused(1, "eval", made, "--qa", questions, "--backend", "vllm")
