@@ -17,6 +17,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 MARK = "halfbyte-answers "
@@ -65,7 +66,7 @@ def group_sizes() -> dict[str, Any]:
         found = first(*places)
         return words(found(importlib.import_module("torch").bfloat16) if callable(found) else found)
 
-    return {name: told(lambda places=places: one(places)) for name, places in GROUP_SIZES.items()}
+    return {name: told(partial(one, places)) for name, places in GROUP_SIZES.items()}
 
 
 def activations(methods: list[str]) -> dict[str, Any]:
@@ -79,11 +80,14 @@ def activations(methods: list[str]) -> dict[str, Any]:
             found = config.get_supported_act_dtypes(config)
         return [str(dtype).removeprefix("torch.") for dtype in found]
 
-    return {method: told(lambda method=method: one(method)) for method in methods}
+    return {method: told(partial(one, method)) for method in methods}
 
 
 def variants() -> dict[str, Any]:
-    return {name: told(lambda places=places: words(first(*places))) for name, places in VARIANTS.items()}
+    def one(places: tuple[str, ...]) -> list[Any]:
+        return words(first(*places))
+
+    return {name: told(partial(one, places)) for name, places in VARIANTS.items()}
 
 
 def parser() -> Any:
@@ -140,8 +144,11 @@ def answers(asked: dict[str, Any]) -> dict[str, Any]:
             options.append(parser())
         return options[0]
 
+    def taken(flag: str, value: str | None) -> bool:
+        return takes(shared(), flag, value)
+
     def pairs(key: str) -> dict[str, Any]:
-        return {f"{f} {v}" if v else f: told(lambda f=f, v=v: takes(shared(), f, v)) for f, v in asked[key]}
+        return {f"{f} {v}" if v else f: told(partial(taken, f, v)) for f, v in asked[key]}
 
     there = told(lambda: importlib.import_module("vllm").__name__)
     if "value" not in there:
