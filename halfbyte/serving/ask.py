@@ -84,10 +84,10 @@ def activations(methods: list[str]) -> dict[str, Any]:
 
 
 def variants() -> dict[str, Any]:
-    def one(places: tuple[str, ...]) -> list[Any]:
+    def read(places: tuple[str, ...]) -> Any:
         return words(first(*places))
 
-    return {name: told(partial(one, places)) for name, places in VARIANTS.items()}
+    return {name: told(partial(read, places)) for name, places in VARIANTS.items()}
 
 
 def parser() -> Any:
@@ -144,11 +144,11 @@ def answers(asked: dict[str, Any]) -> dict[str, Any]:
             options.append(parser())
         return options[0]
 
-    def taken(flag: str, value: str | None) -> bool:
+    def pair(flag: str, value: str) -> Any:
         return takes(shared(), flag, value)
 
     def pairs(key: str) -> dict[str, Any]:
-        return {f"{f} {v}" if v else f: told(partial(taken, f, v)) for f, v in asked[key]}
+        return {f"{f} {v}" if v else f: told(partial(pair, f, v)) for f, v in asked[key]}
 
     there = told(lambda: importlib.import_module("vllm").__name__)
     if "value" not in there:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +17,12 @@ import httpx
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import redacted
+from halfbyte.serving.child import Child
 from halfbyte.serving.command import ServeCommand
 from halfbyte.serving.install import VllmInstall
 from halfbyte.serving.log import STAGES, LogFacts, parse_log, read_log, root_error, stages_reached
 from halfbyte.types import Progress, Quiet
 
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
 START_TIMEOUT_S = 900.0
 GRACE_S = 10.0
 """How long vLLM has to end by itself when asked to."""
@@ -65,8 +63,7 @@ class Server:
         self.env = {**command.env, **(env or {})}
         self.progress: Progress = progress or Quiet()
         self.load_seconds = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: int | None = None
+        self._child: Child | None = None
 
     @property
     def url(self) -> str:
@@ -80,11 +77,22 @@ class Server:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process that all of the server's processes are below; 0 before the start."""
+        return self._child.pid if self._child else 0
 
     def failure(self) -> HalfbyteError:
         """The error that says why vLLM ended, from its log."""
-        return HalfbyteError(f"vLLM failed: {root_error(self._said())} (log: {self.log_path})")
+        return HalfbyteError(f"vLLM failed: {self.reason()} (log: {self.log_path})")
+
+    def reason(self) -> str:
+        """The line of the log that tells why vLLM ended."""
+        said = root_error(self._said())
+        killed = self._child is not None and self._child.poll() == 128 + signal.SIGKILL
+        return f"killed by the system, as it does when memory runs out; last word: {said}" if killed else said
 
     def __enter__(self) -> Server:
         began = time.monotonic()
@@ -104,40 +112,17 @@ class Server:
 
     def stop(self) -> None:
         """End every process of the server; harmless when there is none."""
-        process, self._process = self._process, None
-        if self._pipe is not None:
-            os.close(self._pipe)
-            self._pipe = None
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(GRACE_S + 20.0)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop()
 
     def _start(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        read_end, self._pipe = os.pipe()
-        watch = [str(SUPERVISOR), str(read_end), str(os.getpid()), str(GRACE_S)]
-        supervised = [sys.executable, "-I", "-S", *watch, *self.command.argv]
-        try:
-            with self.log_path.open("wb") as log:
-                told = replace(self.command, argv=redacted(self.command.argv))
-                log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
-                log.flush()
-                self._process = subprocess.Popen(
-                    supervised,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**_without(os.environ, API_KEY), **self.env},
-                    pass_fds=(read_end,),
-                    start_new_session=True,
-                )
-        finally:
-            os.close(read_end)
+        with self.log_path.open("wb") as log:
+            told = replace(self.command, argv=redacted(self.command.argv))
+            log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
+            log.flush()
+            self._child = Child(self.command.argv, self.env, log, GRACE_S, without=(API_KEY,))
 
     def _await_health(self, deadline: float) -> None:
         self.progress.start("starting vLLM", len(STAGES) + 1)
@@ -199,10 +184,6 @@ def require_free_port(host: str, port: int) -> None:
             raise UsageError(f"port {port} on {host} cannot be used ({problem}): choose another with --port") from None
         except OverflowError:
             raise UsageError(f"{port} is no port: choose one from 1 to 65535 with --port") from None
-
-
-def _without(variables: Mapping[str, str], name: str) -> dict[str, str]:
-    return {key: value for key, value in variables.items() if key != name}
 
 
 def _answers(http: httpx.Client, url: str) -> bool:
