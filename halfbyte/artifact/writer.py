@@ -58,6 +58,7 @@ class ArtifactWriter:
         self.directory, self.checkpoint, self.recipe, self.plans, self.work = directory, checkpoint, recipe, plans, work
         self.partial = directory / PARTIAL
         self._tuning: dict[str, Any] | None = None
+        self._experts: dict[str, Any] = {}
         assert recipe.format is not None
         self.format: Format = get_format(recipe.format, recipe.activations)
 
@@ -106,6 +107,7 @@ class ArtifactWriter:
         tensors: dict[str, torch.Tensor],
         seconds: float,
         notices: Sequence[str] = (),
+        experts: dict[str, dict[str, list[int]]] | None = None,
     ) -> None:
         """Keep one block: pack its linears, note what each became, write both in one file."""
         packed: dict[str, torch.Tensor] = dict(tensors)
@@ -118,12 +120,21 @@ class ArtifactWriter:
                 "damp": solved.damp,
                 "fingerprint": weight_fingerprint(dequantize(solved.q)),
             }
-        note = json.dumps({"linears": report, "seconds": seconds, "notices": list(notices)}, sort_keys=True)
+        told = {"linears": report, "seconds": seconds, "notices": list(notices), "experts": experts or {}}
+        note = json.dumps(told, sort_keys=True)
         write_tensors(self._file(block), packed, {"halfbyte": note})
 
     def adopt(self, block: int, other: ArtifactWriter) -> None:
         """Keep a block that another writer keeps, as the same file: the same linears in the same format."""
         link_or_copy(other._file(block), self._file(block))
+
+    def lend(self, block: int, place: Path) -> None:
+        """Put a kept block at `place`, as the same file, so that it outlives this work."""
+        link_or_copy(self._file(block), place)
+
+    def take(self, block: int, place: Path) -> None:
+        """Keep the block that a writer of the same linears in the same format lent to `place`."""
+        link_or_copy(place, self._file(block))
 
     def block(self, block: int) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
         """A kept block, read back: its quantized linears and its other tensors, by full name. Nothing where none is
@@ -202,6 +213,7 @@ class ArtifactWriter:
             "solving_seconds": round(solving, 3),
             "notices": [*facts.get("notices", []), *notices],
             "tuning": self._tuning,
+            "experts": self._experts or None,
             **self._sizes(linears),
             "linears": linears,
             "tensors": tensors,
@@ -220,6 +232,7 @@ class ArtifactWriter:
             note = _note(file)
             found |= note["linears"]
             self._tuning = note.get("tuning", self._tuning)
+            self._experts |= note.get("experts", {})
             seconds += note["seconds"]
             notices += note["notices"]
         rows = {}

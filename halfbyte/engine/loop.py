@@ -1,7 +1,8 @@
 """The pass over the blocks. Statistics come from the BF16 model and do not depend on the recipe, so one pass serves
 any number of recipes: at each block the inputs' Gram matrices are collected once and every recipe solves with them.
 
-Peak memory: one block's weights, its statistics, the activations between blocks, and what one solve needs.
+Peak memory: one block's weights, its statistics, the activations between blocks, and what one solve needs. The experts
+of a mixture are solved one after the other, each with its own statistics (experts.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,8 @@ from halfbyte.algo import Stats, dequantize
 from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
-from halfbyte.engine.importance import Importance, every_token, first_token
+from halfbyte.engine.experts import ExpertInputs
+from halfbyte.engine.importance import EXPERTS, Importance, every_token, first_token
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
@@ -169,14 +172,18 @@ class _Pass:
         waiting = [j for j in self.jobs if not j.done(index)]
         propagate = self.jobs[0].recipe.propagate
         if waiting or propagate:
-            needed = self._needed(index, waiting or list(self.jobs))
-            with Collectors(block, needed, self.skeleton.device) as collectors:
+            collectors, experts = self._watched(index, block, waiting or list(self.jobs))
+            with ExitStack() as stack:
+                stack.enter_context(collectors)
+                if experts:
+                    stack.enter_context(experts)
                 for i, x in enumerate(hidden):
-                    collectors.expect(keeps[i], self._counts(index, needed, i, x))
+                    self._expect(index, i, tuple(x.shape[:2]), keeps[i], collectors, experts)
                     out = call(block, x, kwargs[i])
                     if not propagate:
                         hidden[i] = out
-            results = self._solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
+            jobs, tensors = waiting or list(self.jobs), self._tensors(block)
+            results = self._solve(index, jobs, tensors, collectors.stats(), experts)
             if propagate:
                 self._replace(block, index, results[0])
         if propagate or not waiting:
@@ -184,41 +191,89 @@ class _Pass:
                 hidden[i] = call(block, x, kwargs[i])
         self.skeleton.drop_block(index)
 
-    def _counts(
-        self, index: int, groups: Iterable[LinearGroup], batch: int, x: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        weights = self.importance.weights
-        return {g.kind: weights((index, g.kind), batch, tuple(x.shape[:2])).to(x.device) for g in groups}
+    def _watched(self, index: int, block: nn.Module, jobs: Sequence[Job]) -> tuple[Collectors, ExpertInputs | None]:
+        """What collects the statistics that `jobs` need of a block."""
+        prefix, mixture = self.family.block(index) + ".", self.family.mixture(index)
+        needed = [g for g in self.family.groups_of(index) if any(prefix + g.names[0] in j.schemes for j in jobs)]
+        plain = {g: self.gram for g in needed if g.expert is None}
+        experts = None
+        if mixture and len(plain) < len(needed):
+            module: Any = block.get_submodule(mixture.experts)
+            experts = ExpertInputs(module, self.gram)
+        return Collectors(block, plain, self.skeleton.device, mixture), experts
 
-    def _needed(self, index: int, jobs: Sequence[Job]) -> dict[LinearGroup, bool]:
-        prefix = self.family.block(index) + "."
-        return {g: self.gram for g in self.family.groups if any(prefix + g.names[0] in j.schemes for j in jobs)}
+    def _expect(
+        self,
+        index: int,
+        batch: int,
+        shape: tuple[int, ...],
+        keep: torch.Tensor | None,
+        collectors: Collectors,
+        experts: ExpertInputs | None,
+    ) -> None:
+        device = self.skeleton.device
+        counts = {g.key: self.importance.of_group(index, g, batch, shape).to(device) for g in collectors.groups}
+        collectors.expect(keep, counts)
+        if experts:
+            experts.expect(keep, self.importance.weights((index, EXPERTS), batch, shape).to(device))
 
     @staticmethod
     def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.data for name, parameter in block.named_parameters()}
 
     def _solve(
-        self, index: int, jobs: Sequence[Job], tensors: dict[str, torch.Tensor], stats: dict[str, Stats]
+        self,
+        index: int,
+        jobs: Sequence[Job],
+        tensors: dict[str, torch.Tensor],
+        stats: Mapping[str, Stats],
+        experts: ExpertInputs | None = None,
     ) -> list[BlockResult]:
-        factors: dict[tuple, Any] = {}
-        results = []
-        for job in jobs:
-            started = time.monotonic()
-            try:
-                result = solve_block(job.recipe, self.family, index, job.schemes, tensors, stats, factors)
-            except Exception as error:
-                if job.failed is None:
-                    raise
-                job.failed(index, error)
-                continue
-            for notice in result.notices:
-                self.progress.say(notice)
-            result.seconds = time.monotonic() - started
-            results.append(result)
-            if not job.done(index):
-                job.emit(index, result)
-        return results
+        """Every job's result, part by part: what precedes the experts, then each of them with its own statistics."""
+        results = {id(job): BlockResult() for job in jobs}
+        parts = self._parts(index, jobs)
+        for groups in parts:
+            number = groups[0].expert if groups else None
+            here = dict(stats)
+            if experts and number is not None:
+                found = experts.stats(number)
+                here = {group.key: found[group.kind] for group in groups}
+            factors: dict[tuple, Any] = {}
+            for job in [job for job in jobs if id(job) in results]:
+                started = time.monotonic()
+                try:
+                    part = solve_block(job.recipe, self.family, index, job.schemes, tensors, here, factors, groups)
+                except Exception as error:
+                    if job.failed is None:
+                        raise
+                    del results[id(job)]
+                    job.failed(index, error)
+                    continue
+                part.seconds = time.monotonic() - started
+                results[id(job)].add(part)
+                if groups is parts[-1]:
+                    self._finish(index, job, results[id(job)], experts)
+        return list(results.values())
+
+    def _parts(self, index: int, jobs: Sequence[Job]) -> list[list[LinearGroup]]:
+        """The block's groups that some job quantizes: all that are not experts', then each expert's."""
+        prefix = self.family.block(index) + "."
+        parts: dict[int | None, list[LinearGroup]] = {}
+        for group in self.family.groups_of(index):
+            if any(prefix + group.names[0] in job.schemes for job in jobs):
+                parts.setdefault(group.expert, []).append(group)
+        return list(parts.values()) or [[]]
+
+    def _finish(self, index: int, job: Job, result: BlockResult, experts: ExpertInputs | None) -> None:
+        mixture = self.family.mixture(index)
+        if mixture and experts and any(f".{mixture.experts}." in name for name in result.linears):
+            name = f"{self.family.block(index)}.{mixture.experts}"
+            result.experts[name] = {"tokens": experts.tokens, "starved": experts.starved}
+            result.notices += [notice] if (notice := experts.notice(name)) else []
+        for notice in result.notices:
+            self.progress.say(notice)
+        if not job.done(index):
+            job.emit(index, result)
 
     def _replace(self, block: nn.Module, index: int, result: BlockResult) -> None:
         prefix = self.family.block(index) + "."

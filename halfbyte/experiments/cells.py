@@ -145,19 +145,25 @@ def solve_options(recipe: Recipe) -> tuple[Any, ...]:
     )
 
 
-def parts_of(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
-    """The kinds of a block's linear groups in sets that are solved apart: those that input scales tie are together,
-    and all of them where the statistics come from behind the quantized blocks."""
-    kinds = [group.kind for group in family.groups]
+def parts_of(family: Family, recipe: Recipe, block: int = 0) -> list[tuple[str, ...]]:
+    """The keys of a block's linear groups in sets that are solved apart: those that input scales tie are together, so
+    are all experts, and all of them where the statistics come from behind the quantized blocks."""
+    groups = family.groups_of(block)
+    order = {group.key: place for place, group in enumerate(groups)}
     if recipe.propagate:
-        return [tuple(kinds)]
-    parts = [{kind} for kind in kinds]
-    owner = {name: group.kind for group in family.groups for name in group.names}
-    for fold in family.architecture.folds if recipe.scaling == "awq" else ():
-        if fold.linear:
-            tied = [part for part in parts if part & {fold.kind, owner[fold.linear]}]
+        return [tuple(order)]
+    modules: dict[str, set[str]] = {}
+    for group in groups:
+        modules.setdefault(group.fused, set()).add(group.key)
+    parts = list(modules.values())
+    owner = {name: group.key for group in groups for name in group.names}
+    for fold in family.folds_of(block) if recipe.scaling == "awq" else ():
+        ends = {fold.kind, owner[fold.linear]} if fold.linear else set()
+        tied = [part for part in parts if part & ends]
+        if len(tied) > 1:
             parts = [part for part in parts if part not in tied] + [set[str]().union(*tied)]
-    return sorted((tuple(sorted(part, key=kinds.index)) for part in parts), key=lambda part: kinds.index(part[0]))
+    ordered = (tuple(sorted(part, key=order.__getitem__)) for part in parts)
+    return sorted(ordered, key=lambda part: order[part[0]])
 
 
 def part_keys(cell: Cell, family: Family, data: str) -> dict[int, list[PartKey]]:
@@ -169,7 +175,7 @@ def part_keys(cell: Cell, family: Family, data: str) -> dict[int, list[PartKey]]
     options = solve_options(cell.recipe)
     found: dict[int, list[PartKey]] = {}
     for block in range(family.num_blocks):
-        for kinds in parts_of(family, cell.recipe):
+        for kinds in parts_of(family, cell.recipe, block):
             schemes = tuple(cell.schemes.get(name) for name in part_names(family, block, kinds))
             if any(schemes):
                 found.setdefault(block, []).append((data, options, block, kinds, schemes))
@@ -183,7 +189,14 @@ def part_names(family: Family, block: int, kinds: Sequence[str]) -> list[str]:
     """Full names of a part's linears."""
     if block == HEAD:
         return [family.lm_head]
-    return [f"{family.block(block)}.{name}" for g in family.groups if g.kind in kinds for name in g.names]
+    held = set(kinds)
+    return [f"{family.block(block)}.{name}" for g in family.groups_of(block) if g.key in held for name in g.names]
+
+
+def block_content(cell: Cell, parts: Sequence[PartKey]) -> tuple[Any, ...]:
+    """What decides the bytes of a block's file: the format, and its parts."""
+    assert cell.recipe is not None
+    return (cell.recipe.format, cell.recipe.activations, tuple(parts))
 
 
 def content_key(cell: Cell, data: str) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.formats import FormatError, fused_groups, get_format
 from halfbyte.serving import find_vllm
 from halfbyte.types import QuantizedLinear, Scheme
+from tests.unit import test_formats_experts as experts
 from tests.unit.test_formats_config import FUSED, KINDS, POLICIES, policy
 from tests.unit.test_formats_roundtrip import NAME, make
 
@@ -62,6 +63,17 @@ def configs() -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def sparse_configs() -> list[tuple[str, str, dict[str, Any]]]:
+    """(family, format, config): every policy of mixtures of experts in every format."""
+    made = []
+    for name, family in experts.FAMILIES.items():
+        for kind, grid, group in KINDS:
+            for keep in experts.POLICIES.values():
+                schemes = experts.policy(family, keep, grid, group)
+                made.append((name, kind, get_format(kind).config(schemes, experts.fused_of(family))))
+    return made
+
+
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list]:
     """What vLLM dequantizes and decides, for all cases at once (it takes long to import)."""
@@ -76,6 +88,8 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Te
         tensors |= {f"{case}/{n.removeprefix(f'{NAME}.')}": t for n, t in packed.items()}
     save_file(tensors, directory / "cases.safetensors")
     entries = [{"config": c, "modules": fused_groups(FUSED)} for _, c in configs()]
+    modules = {name: fused_groups(experts.fused_of(family)) for name, family in experts.FAMILIES.items()}
+    entries += [{"config": c, "modules": modules[name]} for name, _, c in sparse_configs()]
     (directory / "configs.json").write_text(json.dumps(entries))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -102,6 +116,18 @@ def test_vllm_reads_the_same_schemes(index: int, oracle: tuple[dict[str, torch.T
         return
     assert isinstance(theirs, dict), theirs
     for fused, shards in fused_groups(FUSED).items():
+        for shard in shards:
+            scheme = ours[shard]
+            assert (None if scheme is None else scheme.group_size) == theirs[fused], (fused, config)
+
+
+@pytest.mark.parametrize("index", range(len(sparse_configs())))
+def test_vllm_reads_the_same_schemes_of_experts(index: int, oracle: tuple[dict[str, torch.Tensor], list]) -> None:
+    name, kind, config = sparse_configs()[index]
+    theirs, names = oracle[1][len(configs()) + index], experts.fused_of(experts.FAMILIES[name])
+    ours = get_format(kind).parse(config, names)
+    assert isinstance(theirs, dict), theirs
+    for fused, shards in fused_groups(names).items():
         for shard in shards:
             scheme = ours[shard]
             assert (None if scheme is None else scheme.group_size) == theirs[fused], (fused, config)
