@@ -193,6 +193,12 @@ def part_names(family: Family, block: int, kinds: Sequence[str]) -> list[str]:
     return [f"{family.block(block)}.{name}" for g in family.groups_of(block) if g.key in held for name in g.names]
 
 
+def block_content(cell: Cell, parts: Sequence[PartKey]) -> tuple[Any, ...]:
+    """What decides the bytes of a block's file: the format, and its parts."""
+    assert cell.recipe is not None
+    return (cell.recipe.format, cell.recipe.activations, tuple(parts))
+
+
 def content_key(cell: Cell, data: str) -> tuple[Any, ...]:
     """What decides a cell's bytes for one checkpoint."""
     assert cell.recipe is not None

@@ -17,7 +17,7 @@ from halfbyte.artifact import ArtifactWriter
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import BlockResult, Job, quantize_blocks
 from halfbyte.errors import HalfbyteError
-from halfbyte.experiments.cells import Cell, PartKey, part_keys, part_names
+from halfbyte.experiments.cells import Cell, PartKey, block_content, part_keys, part_names
 from halfbyte.models import Checkpoint, family_of
 from halfbyte.recipe import Recipe
 from halfbyte.types import Progress, Quiet, Scheme
@@ -39,8 +39,7 @@ class Taker:
 
     def content(self, block: int) -> tuple[Any, ...]:
         """What decides the bytes of a block's file."""
-        assert self.cell.recipe is not None
-        return (self.cell.recipe.format, self.cell.recipe.activations, tuple(self.parts[block]))
+        return block_content(self.cell, self.parts[block])
 
 
 @dataclass

@@ -15,10 +15,15 @@ import torch
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
+from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.experiments.blocks import BlockStore
+from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
+from halfbyte.models.licence import licence_of
+from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
@@ -39,6 +44,7 @@ def quantize(
     device: str | None = None,
     force: bool = False,
     command: str | None = None,
+    blocks: BlockStore | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
@@ -48,6 +54,7 @@ def quantize(
     calibration   a set made by `halfbyte calibrate`, or text files; None: the model writes its own text where
                   the recipe needs any
     force         give up what `output_dir` holds
+    blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
     """
@@ -62,6 +69,7 @@ def quantize(
     output = Path(output_dir)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
+    place = _set_directory(calibration)
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
         fingerprint = checkpoint.fingerprint()
@@ -75,8 +83,12 @@ def quantize(
                 return read_manifest(output)
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
+            if blocks and data:
+                blocks.lend(writer, data.sha256)
             job = _job(writer, recipe)
             quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+            if blocks and data:
+                blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)
         except HalfbyteError:
             writer.abandon()
@@ -84,11 +96,14 @@ def quantize(
         progress.start("writing the checkpoint", 1)
         facts = {
             **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
+            "calibration_path": seen_from(output, place) if place else None,
             "notices": told,
             "resumed": resumed,
             "seconds": round(time.monotonic() - started, 3),
         }
         manifest = writer.finish(facts)
+        if place is None:
+            keep_tokens(data)
         progress.advance()
         return manifest
 
@@ -147,7 +162,9 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     """What the manifest says of the model; a directory's `path` is seen from the artifact, where that tells."""
     public = hub_id(model)
     place = None if public else seen_from(output, path)
-    return {"name": portable(model), "hub_id": public, "path": place, "sha256": fingerprint}
+    licence = licence_of(path) or (DEMO_LICENCE if model == DEMO_MODEL else None)
+    named = {"name": portable(model), "hub_id": public, "path": place}
+    return {**named, "sha256": fingerprint, "license": licence}
 
 
 def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
@@ -165,7 +182,9 @@ def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
         writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
-    return Job(recipe, quantized(writer.plans), writer.done, emit)
+    schemes = quantized(writer.plans)
+    solved = {HEAD if plan.block is None else plan.block for plan in writer.plans if plan.name in schemes}
+    return Job(recipe, schemes, lambda block: block not in solved or writer.done(block), emit)
 
 
 def calibration_for(
@@ -179,8 +198,8 @@ def calibration_for(
     recipe needs one) one that the model writes itself, kept in the cache. Raises HalfbyteError for too few tokens."""
     if isinstance(given, CalibrationSet):
         data = given
-    elif given and len(given) == 1 and Path(given[0]).is_dir():
-        data = CalibrationSet.load(given[0])
+    elif (place := _set_directory(given)) is not None:
+        data = CalibrationSet.load(place)
     elif given:
         data = build(load_tokenizer(model), recipe.calibration, sources=given, progress=progress)
     elif recipe.needs_calibration:
@@ -192,6 +211,13 @@ def calibration_for(
             f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
         )
     return data
+
+
+def _set_directory(given: Sequence[str | Path] | CalibrationSet | None) -> Path | None:
+    """The directory of a set that was given as one."""
+    if isinstance(given, CalibrationSet) or not given or len(given) != 1 or not Path(given[0]).is_dir():
+        return None
+    return Path(given[0])
 
 
 def self_generated(
@@ -213,10 +239,12 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
     from transformers import AutoTokenizer
 
+    Checkpoint(path).tokenizer_files()
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # files of a stranger may make the library raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__} {reason}"
         raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error
 
 
@@ -226,9 +254,13 @@ def load_model(path: Path, device: str = "cpu") -> Any:
 
     Checkpoint(path).tensors  # noqa: B018  a missing or truncated shard gets its one line here
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
+        )
         return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HalfbyteError(f"{path} cannot be loaded by transformers: {reason}") from error
 
