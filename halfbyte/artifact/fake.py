@@ -21,7 +21,7 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     Raises UsageError for a directory that is no model, HalfbyteError where a tensor is missing.
     """
     from accelerate import init_empty_weights  # here, for they take seconds, and a finished run needs no model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     checkpoint = Checkpoint(directory)
     family = family_of(checkpoint.config)
@@ -53,6 +53,8 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     if missing:
         raise HalfbyteError(f"{directory} lacks the tensor {missing[0]}: run `halfbyte check {directory}`")
     refuse(model, family)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)  # it says where answers end
     return model.to(device).eval()
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
 from halfbyte.cli.make import Style, Text
 
@@ -83,14 +84,41 @@ def evaluate(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(metavar="mixed|N", help="Windows of mixed lengths up to the model's context, or of N tokens."),
+        typer.Option(
+            metavar="mixed|N[,N]",
+            help="Windows of mixed lengths up to the model's context, or of N tokens; with --long-context its lengths, "
+            "as 4k,16k.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write eval.json here.")] = None,
+    task: asked.Task = None,
+    data: asked.Data = None,
+    limit: asked.Limit = None,
+    chat_template: asked.ChatTemplate = False,
+    qa: asked.Qa = None,
+    qa_metric: asked.Metric = "f1",
+    chat: asked.Chat = None,
+    judge: asked.JudgeUrl = None,
+    judge_model: asked.JudgeModel = None,
+    max_tokens: asked.MaxTokens = None,
+    long_context: asked.LongContext = False,
+    samples: asked.Samples = 4,
+    backend: asked.BackendOption = asked.Backend.hf,
+    on: asked.On = "cpu",
+    vllm: asked.Vllm = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the results here.")
+    ] = None,
     style: Style = Format.human,
 ) -> None:
-    """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor."""
+    """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor.
+
+    Where --task, --qa, --chat or --long-context is given: these instead.
+    """
+    beyond = asked.Asked.of(locals())
+    if beyond.wanted():
+        return asked.evaluate_asked(directory, baseline, beyond, output, style)
     from halfbyte.cli.words import eval_words
     from halfbyte.evaluate import write_result
     from halfbyte.experiments.evaluating import choose_windows, measure_fidelity

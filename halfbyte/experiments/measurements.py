@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluate import Windows
+from halfbyte.experiments import quality_measurements as quality
+from halfbyte.experiments import served_measurements
 from halfbyte.experiments.gate_kinds import Gate
 from halfbyte.platforms import Platform
 from halfbyte.recipe import Recipe
@@ -67,9 +69,13 @@ class Measurement:
     climbs: bool = False
 
 
-MEASUREMENTS: list[Measurement] = []
-"""Add a row: Measurement("bench", "bench.json", bench_key, bench). A name is its option's (--bench), without dashes
-before it."""
+MEASUREMENTS: list[Measurement] = [
+    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, climbs=True),
+    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, climbs=True),
+    Measurement("bench", "bench.json", served_measurements.key, served_measurements.bench),
+    Measurement("stability", "stability.json", served_measurements.key, served_measurements.stability),
+]
+"""A name is its option's (--bench), without dashes before it."""
 
 
 def available() -> dict[str, Measurement]:
