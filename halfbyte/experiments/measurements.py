@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluate import Windows
+from halfbyte.experiments import bench_rows
 from halfbyte.experiments.gate_kinds import Gate
 from halfbyte.platforms import Platform
 from halfbyte.recipe import Recipe
@@ -67,9 +68,11 @@ class Measurement:
     climbs: bool = False
 
 
-MEASUREMENTS: list[Measurement] = []
-"""Add a row: Measurement("bench", "bench.json", bench_key, bench). A name is its option's (--bench), without dashes
-before it."""
+MEASUREMENTS: list[Measurement] = [
+    Measurement("bench", "bench.json", bench_rows.bench_key, bench_rows.bench),
+    Measurement("stability", "stability.json", bench_rows.bench_key, bench_rows.stability),
+]
+"""A name is its option's (--bench), without dashes before it."""
 
 
 def available() -> dict[str, Measurement]:
