@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluate import Windows
-from halfbyte.experiments import bench_rows
+from halfbyte.experiments import quality_measurements as quality
+from halfbyte.experiments import served_measurements
 from halfbyte.experiments.gate_kinds import Gate
 from halfbyte.platforms import Platform
 from halfbyte.recipe import Recipe
@@ -69,8 +70,10 @@ class Measurement:
 
 
 MEASUREMENTS: list[Measurement] = [
-    Measurement("bench", "bench.json", bench_rows.bench_key, bench_rows.bench),
-    Measurement("stability", "stability.json", bench_rows.bench_key, bench_rows.stability),
+    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, climbs=True),
+    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, climbs=True),
+    Measurement("bench", "bench.json", served_measurements.key, served_measurements.bench),
+    Measurement("stability", "stability.json", served_measurements.key, served_measurements.stability),
 ]
 """A name is its option's (--bench), without dashes before it."""
 

@@ -16,11 +16,13 @@ import halfbyte.artifact.writer as writer
 import halfbyte.engine.loop as loop
 import halfbyte.experiments.ground as ground
 import halfbyte.experiments.measurements as measurements
+import halfbyte.experiments.served_measurements as served_measurements
 import halfbyte.serving.install as install
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.measurements import Measurement, Subject
 from tests.tiny import make_tiny
 from tests.unit.artifacts import digests, halfbyte
+from tests.unit.fake_vllm import make_fake
 from tests.unit.forked import SHARD_BYTES, run_forked
 
 QUALITY = ["--gate", "ppl=off", "--gate", "top1=off"]
@@ -32,7 +34,7 @@ GENEROUS = ["--gate", "ppl=+100000%", "--gate", "top1=0%"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of three blocks, a text, and a recipe with room above it on every rung."""
     root = tmp_path_factory.mktemp("climb")
-    make_tiny("llama", root / "m", num_hidden_layers=3)
+    make_tiny("llama", root / "m", num_hidden_layers=3, max_position_embeddings=1024)
     paragraphs = (f"Paragraph {i} says: " + f"{i * 7} words and more, " * 20 for i in range(60))
     (root / "own.txt").write_text("\n\n".join(paragraphs))
     recipe = {"method": "gptq", "group_size": 128, "calibration": {"sequences": 40, "max_tokens": 64}}
@@ -310,3 +312,17 @@ def test_memory_comes_from_the_plan(done: Path, place: Path, capsys: Any) -> Non
     assert rows["memory@48"]["measured_in"] == "plan.json" and "estimate" in rows["memory@3"]["text"]
     assert halfbyte(*plain, "--gate", "memory@3=0.5GiB") == 3
     assert "serve fewer sequences" in capsys.readouterr().out
+
+
+def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    """The registry's own rows, with a stand-in for vLLM: it scores nonsense, so that `served` rejects."""
+    monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
+    fake = make_fake(tmp_path / "fake")
+    gates = ["--gate", "speed@1=-99%", "--gate", "speed@2=-99%", "--gate", "stability", "--gate", "memory@2=fits"]
+    assert halfbyte(*words(place, done, *GENEROUS, *gates, "--vllm", str(fake), on="h100")) == 3
+    rows = {row["name"]: row for row in read(done / "gates.json")["gates"]}
+    assert [rows[name]["status"] for name in ("speed@1", "speed@2", "memory@2")] == ["passed"] * 3
+    assert rows["memory@2"]["measured_in"] == "plan.json, bench.json"
+    assert rows["stability"]["measured_in"] == "stability.json" and rows["stability"]["status"] != "not measured"
+    bench = read(done / "bench.json")
+    assert [point["concurrency"] for point in bench["points"]] == [1, 2] and str(tmp_path) not in json.dumps(bench)
