@@ -1,6 +1,7 @@
 """Runs in vLLM's own environment: what vLLM's code makes of our tensors and configs. Usage: vllm_oracle.py DIR
 
-Reads DIR/cases.safetensors and DIR/configs.json, writes DIR/weights.safetensors and DIR/decisions.json.
+Reads DIR/cases.safetensors, DIR/configs.json and the artifacts in DIR/experts, writes DIR/weights.safetensors,
+DIR/decisions.json and DIR/experts.json.
 """
 
 import json
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32,
 )
 from vllm.scalar_type import scalar_types
+from vllm_experts import load_all
 
 parameter.get_tensor_model_parallel_rank = lambda: 0
 parameter.get_tensor_model_parallel_world_size = lambda: 1
@@ -143,6 +145,7 @@ def main(directory):
         except (ValueError, KeyError) as error:
             decisions.append(f"refused: {error}")
     (directory / "decisions.json").write_text(json.dumps(decisions))
+    (directory / "experts.json").write_text(json.dumps(load_all(directory / "experts")))
 
 
 main(Path(sys.argv[1]))

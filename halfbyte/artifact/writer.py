@@ -34,7 +34,7 @@ from halfbyte.files import (
     write_text,
 )
 from halfbyte.formats import Format, get_format
-from halfbyte.models import Checkpoint, hash_file
+from halfbyte.models import Checkpoint, family_of, hash_file
 from halfbyte.models.checkpoint import read_header, read_json
 from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
@@ -200,7 +200,9 @@ class ArtifactWriter:
         for name, value in self.format.extra_files(quantization).items():
             write_json(self.directory / name, value)
         write_text(self.directory / "recipe.yaml", yaml.safe_dump(self.recipe.identity(), sort_keys=False))
-        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"}
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"} | _dense(
+            self.checkpoint
+        )
         write_json(self.directory / "config.json", {**config, "quantization_config": quantization})
         manifest = {
             "schema": 1,
@@ -305,6 +307,14 @@ class ArtifactWriter:
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+
+
+def _dense(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The dense blocks of a mixture, by number: where only a step names them, vLLM does not take their gate_up_proj for
+    fused, and so not for quantized."""
+    family = family_of(checkpoint.config)
+    dense = [i for i in range(family.num_blocks) if i not in family.sparse]
+    return {"mlp_only_layers": dense} if family.sparse and dense else {}
 
 
 def _note(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibration.records import clean, parse_record
+from halfbyte.calibration.render import render_chat
 from halfbyte.errors import HalfbyteError, UsageError
 
 Message = Mapping[str, str]
@@ -24,10 +25,9 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         lines = [PLAIN.get(message["role"], "") + message["content"] for message in messages]
         return list(tokenizer("\n".join([*lines, PLAIN["assistant"].rstrip()]))["input_ids"])
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"the chat template refuses a conversation: {reason}") from error
+        text = render_chat(tokenizer, [dict(m) for m in messages], answer=True)
+    except HalfbyteError as error:
+        raise HalfbyteError(f"the chat template refuses a conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

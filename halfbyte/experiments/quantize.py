@@ -164,7 +164,7 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     place = None if public else seen_from(output, path)
     licence = licence_of(path) or (DEMO_LICENCE if model == DEMO_MODEL else None)
     named = {"name": portable(model), "hub_id": public, "path": place}
-    return {**named, "sha256": fingerprint, "license": licence}
+    return {**named, "sha256": fingerprint} | ({"license": licence} if licence else {})
 
 
 def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:

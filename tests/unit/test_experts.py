@@ -312,6 +312,14 @@ def test_a_config_without_its_experts_is_one_line(missing: str, model_of: Callab
         family_of(config)
 
 
+def test_dense_blocks_are_named_where_only_a_step_did(tmp_path: Path) -> None:
+    path = make_tiny("qwen3_moe", tmp_path / "model", mlp_only_layers=[], decoder_sparse_step=2, num_hidden_layers=2)
+    assert family_of(Checkpoint(path).config).sparse == (1,)
+    manifest = make(path, tmp_path / "out", {"method": "rtn", "group_size": 32})
+    assert Checkpoint(tmp_path / "out").config["mlp_only_layers"] == [0] and check_artifact(tmp_path / "out")["ok"]
+    assert manifest["linears"]["model.layers.0.mlp.down_proj"]["scheme"]
+
+
 def test_a_sweep_of_a_mixture_shares_what_is_the_same(model_of: Callable[..., Path], tmp_path: Path) -> None:
     """Cells that differ in the attention alone share the experts; the artifacts are byte for byte those of quantize."""
     path = model_of("mixtral", num_hidden_layers=2)
