@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,33 +20,19 @@ from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
 from halfbyte.engine.importance import Importance, every_token, first_token
+from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
+from halfbyte.engine.solving import Job, Solving
+from halfbyte.engine.workers import Here, Seat, Workers
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
-from halfbyte.types import LinearGroup, Progress, Quiet, Scheme
+from halfbyte.types import LinearGroup, Progress, Quiet
 
 ALGORITHM_VERSION = 3
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One recipe in a pass.
-
-    schemes   every quantized linear's full name and scheme
-    done      whether a block's result is already kept (resume)
-    emit      takes a block's result
-    failed    takes what solving a block raised, and the other jobs go on; None: it ends the pass
-    """
-
-    recipe: Recipe
-    schemes: dict[str, Scheme]
-    done: Callable[[int], bool]
-    emit: Callable[[int, BlockResult], None]
-    failed: Callable[[int, Exception], None] | None = None
 
 
 def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | None) -> str:
@@ -84,6 +69,22 @@ def make_batches(sequences: Sequence[torch.Tensor], budget: int) -> list[tuple[t
 
 
 @torch.no_grad()
+def solve_part(seat: Seat, part: Part) -> list[BlockResult | Exception]:
+    """An errand: what each of the part's recipes makes of it, or the error that it raised."""
+    part = part.to(seat.device)
+    results: list[BlockResult | Exception] = []
+    for recipe, schemes in part.wanted:
+        started = time.monotonic()
+        try:
+            one = solve_block(recipe, part.family, part.block, schemes, part.tensors, part.stats, part.factors)
+            one.seconds = time.monotonic() - started
+            results.append(one)
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+@torch.no_grad()
 def quantize_blocks(
     checkpoint: Checkpoint,
     jobs: Sequence[Job],
@@ -91,16 +92,18 @@ def quantize_blocks(
     device: str = "cpu",
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
+    workers     who solves while the pass goes on; None: this process, on `device`
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
     """
     progress = progress or Quiet()
     _refuse(jobs, sequences)
-    run = _Pass(checkpoint, jobs, device, progress)
+    run = _Pass(checkpoint, jobs, device, progress, workers)
     if sequences is None:
         run.without_data()
     else:
@@ -120,10 +123,13 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
 
 
 class _Pass:
-    def __init__(self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress):
+    def __init__(
+        self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress, workers: Workers | None
+    ):
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
+        self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress)
         self.importance = Importance()
         self.careful = any(j.recipe.effort == "max" for j in jobs)
         self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
@@ -135,9 +141,10 @@ class _Pass:
             waiting = [j for j in self.jobs if not j.done(index)]
             if waiting:
                 tensors = self._tensors(self.skeleton.load_block(index))
-                self._solve(index, waiting, tensors, {})
+                self.solving.solve(index, waiting, tensors, {})
                 self.skeleton.drop_block(index)
             self.progress.advance(note=f"block {index + 1}/{count}")
+        self.solving.finish()
         self._head(None)
 
     def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
@@ -160,6 +167,7 @@ class _Pass:
                 kwargs = [arguments[shape][index] for shape in shapes]
                 self._one_block(index, hidden, keeps, kwargs)
             self.progress.advance(note=f"block {index + 1}/{count}")
+        self.solving.finish()
         self._head((hidden, keeps))
 
     def _one_block(
@@ -176,7 +184,7 @@ class _Pass:
                     out = call(block, x, kwargs[i])
                     if not propagate:
                         hidden[i] = out
-            results = self._solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
+            results = self.solving.solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
             if propagate:
                 self._replace(block, index, results[0])
         if propagate or not waiting:
@@ -198,34 +206,12 @@ class _Pass:
     def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.data for name, parameter in block.named_parameters()}
 
-    def _solve(
-        self, index: int, jobs: Sequence[Job], tensors: dict[str, torch.Tensor], stats: dict[str, Stats]
-    ) -> list[BlockResult]:
-        factors: dict[tuple, Any] = {}
-        results = []
-        for job in jobs:
-            started = time.monotonic()
-            try:
-                result = solve_block(job.recipe, self.family, index, job.schemes, tensors, stats, factors)
-            except Exception as error:
-                if job.failed is None:
-                    raise
-                job.failed(index, error)
-                continue
-            for notice in result.notices:
-                self.progress.say(notice)
-            result.seconds = time.monotonic() - started
-            results.append(result)
-            if not job.done(index):
-                job.emit(index, result)
-        return results
-
     def _replace(self, block: nn.Module, index: int, result: BlockResult) -> None:
         prefix = self.family.block(index) + "."
         new = {f"{name}.weight": dequantize(s.q) for name, s in result.linears.items()} | result.tensors
         for name, value in new.items():
             parameter = block.get_parameter(name.removeprefix(prefix))
-            parameter.data = value.to(parameter.dtype)
+            parameter.data = value.to(parameter.device, parameter.dtype)
 
     def _head_jobs(self) -> list[Job]:
         return [j for j in self.jobs if self.family.lm_head in j.schemes]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.engine.parts import parts_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.matrix import Matrix, MatrixCell
 from halfbyte.models import Checkpoint, Family
@@ -143,21 +144,6 @@ def solve_options(recipe: Recipe) -> tuple[Any, ...]:
         recipe.activations,
         recipe.propagate,
     )
-
-
-def parts_of(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
-    """The kinds of a block's linear groups in sets that are solved apart: those that input scales tie are together,
-    and all of them where the statistics come from behind the quantized blocks."""
-    kinds = [group.kind for group in family.groups]
-    if recipe.propagate:
-        return [tuple(kinds)]
-    parts = [{kind} for kind in kinds]
-    owner = {name: group.kind for group in family.groups for name in group.names}
-    for fold in family.architecture.folds if recipe.scaling == "awq" else ():
-        if fold.linear:
-            tied = [part for part in parts if part & {fold.kind, owner[fold.linear]}]
-            parts = [part for part in parts if part not in tied] + [set[str]().union(*tied)]
-    return sorted((tuple(sorted(part, key=kinds.index)) for part in parts), key=lambda part: kinds.index(part[0]))
 
 
 def part_keys(cell: Cell, family: Family, data: str) -> dict[int, list[PartKey]]:
