@@ -12,6 +12,8 @@ import typer
 
 from halfbyte.cli.console import MIB, Format, emit, own_command, progress
 from halfbyte.cli.make import Calibration, Device, Force, Model, On, Output, Resume, Style, Text
+from halfbyte.cli.workers import Ray, RayResources, RayWorkers
+from halfbyte.cli.workers import ray_workers as workers_of
 
 EXIT_CODES = {"accepted": 0, "rejected": 3, "failed": 1, "incomplete": 1}
 
@@ -42,6 +44,9 @@ def sweep(
     ] = None,
     by: Annotated[By, typer.Option("--by", metavar="WHAT", help="What quality is: kl or ppl.")] = By.kl,
     device: Device = None,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
+    ray_resources: RayResources = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -49,7 +54,7 @@ def sweep(
     """The experiment matrix: every cell made and judged, what they share done once, ranked by quality."""
     from halfbyte.experiments.sweep import sweep as do
 
-    with progress() as shown:
+    with progress() as shown, workers_of(ray, ray_workers, ray_resources, device, shown) as them:
         result = do(
             model,
             matrix,
@@ -64,6 +69,8 @@ def sweep(
             force=force,
             command=own_command(),
             progress=shown,
+            workers=them,
+            judged_on=list(them.resources) if them else [],
         )
     emit(result, style, sweep_words(result, output))
     code = EXIT_CODES[result["verdict"]]

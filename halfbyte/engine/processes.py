@@ -21,7 +21,7 @@ import torch
 
 from halfbyte.engine.wire import packed, perform, settle
 from halfbyte.engine.workers import ATTEMPTS, Errand
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.types import Progress, Quiet
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -29,12 +29,15 @@ Task = tuple[Errand, bytes, "Future[Any]"]
 
 
 class Processes:
-    """A context in which there is a worker process for each of `devices`; at its end all are gone."""
+    """A context in which there is a worker process for each of `devices`; at its end all are gone.
+
+    Raises UsageError for a device that is not there.
+    """
 
     apart = True
 
     def __init__(self, devices: Sequence[str], progress: Progress | None = None):
-        self.devices, self.progress = list(devices), progress or Quiet()
+        self.devices, self.progress = [_known(device) for device in devices], progress or Quiet()
         self.count = len(self.devices)
         self.tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self.closing, self.cores = False, 0
@@ -91,6 +94,15 @@ class Processes:
                 if attempt < ATTEMPTS:
                     self.progress.say(f"{label}: its worker on {self.devices[seat]} died ({ended}): tried again")
         raise HalfbyteError(f"{label}: its worker on {self.devices[seat]} died {ATTEMPTS} times: is memory short?")
+
+
+def _known(device: str) -> str:
+    """The name of a device that is there. Raises UsageError for another."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from None
+    return device
 
 
 class _Worker:
