@@ -172,39 +172,49 @@ def test_a_cluster_without_room_is_refused(ray: tuple[RayWorkers, Quiet], monkey
         ray[0]._find_room()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_ended_in_the_middle_nothing_is_left(place: Path, sent: int) -> None:
-    """A real command with a cluster of its own, ended while it solves: one line, no process, no file."""
+def test_ended_in_the_middle_nothing_is_left(place: Path) -> None:
+    """Real commands with a cluster of their own, ended while they solve: one line, no process, no file."""
     random_set(tokens=30_000, longest=128).save(place / "big")
-    home = Path(tempfile.mkdtemp(prefix="hb", dir="/tmp"))
-    words = ["quantize", place / "m", "-r", "B1", "--calibration", place / "big", "-o", place / f"ended-{sent}"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "halfbyte.cli.app", *map(str, words), "--device", "cpu", "--ray", "local"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(home), "HOME": str(home)},
-    )  # fmt: skip
+    runs = {sent: Ended(place, sent) for sent in (signal.SIGTERM, signal.SIGINT)}
     try:
-        started = _solving(child, place / f"ended-{sent}")
-        child.send_signal(sent)
-        told = child.communicate(timeout=60)[1]
-        assert child.returncode == 1 and "Traceback" not in told
-        assert told.splitlines()[-1] == "halfbyte: interrupted; the same command goes on where it was"
-        gone = psutil.wait_procs(started, timeout=10)[1]
-        assert gone == [] and len(started) > 3
-        assert list(home.iterdir()) == []
+        for run in runs.values():
+            run.end_while_solving()
+        for sent, run in runs.items():
+            told = run.child.communicate(timeout=60)[1]
+            assert run.child.returncode == 1 and "Traceback" not in told, (sent, told)
+            assert told.splitlines()[-1] == "halfbyte: interrupted; the same command goes on where it was", sent
+            assert psutil.wait_procs(run.started, timeout=10)[1] == [] and len(run.started) > 3, sent
+            assert list(run.home.iterdir()) == [], sent
     finally:
-        child.kill()
-        shutil.rmtree(home, ignore_errors=True)
+        for run in runs.values():
+            run.child.kill()
+            shutil.rmtree(run.home, ignore_errors=True)
 
 
-def _solving(child: subprocess.Popen[str], output: Path) -> list[psutil.Process]:
-    """The command's processes, once Ray has solved its first block."""
-    deadline = time.monotonic() + 120
-    while not list(output.glob(".partial/block-*.safetensors")):
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
-        time.sleep(0.01)
-    found = psutil.Process(child.pid).children(recursive=True)
-    assert any("raylet" in process.name() for process in found)
-    return found
+class Ended:
+    """`halfbyte quantize --ray local` with a home and a temporary directory of its own (a short one: Ray has sockets
+    there)."""
+
+    def __init__(self, place: Path, sent: int):
+        self.sent, self.output = sent, place / f"ended-{sent}"
+        self.home = Path(tempfile.mkdtemp(prefix="hb", dir="/tmp"))
+        self.started: list[psutil.Process] = []
+        words = ["quantize", place / "m", "-r", "B1", "--calibration", place / "big", "-o", self.output]
+        more = ["--device", "cpu", "--ray", "local", "--ray-workers", "1"]
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "halfbyte.cli.app", *map(str, words), *more],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(self.home), "HOME": str(self.home)},
+        )  # fmt: skip
+
+    def end_while_solving(self) -> None:
+        """Wait until Ray has solved the first block, note all processes, send the signal."""
+        deadline = time.monotonic() + 120
+        while not list(self.output.glob(".partial/block-*.safetensors")):
+            assert self.child.poll() is None and time.monotonic() < deadline, self.child.communicate()[1]
+            time.sleep(0.01)
+        self.started = psutil.Process(self.child.pid).children(recursive=True)
+        assert any("raylet" in process.name() for process in self.started)
+        self.child.send_signal(self.sent)
 
 
 def test_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
