@@ -29,7 +29,7 @@ from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import LinearGroup, Progress, Quiet
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""

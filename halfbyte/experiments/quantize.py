@@ -23,6 +23,9 @@ from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
 
+AUTO_WEIGHTS, AUTO_TOKENS = 10**9, 32_768
+"""`tune: auto` trains models of at most so many quantized weights (training holds them all) on at least so many tokens
+(fewer would be learned by heart)."""
 LEAST_TOKENS = 2048
 """Calibration tokens below which a Hessian says little: refused."""
 
@@ -98,17 +101,25 @@ def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progr
     """Train scales and norms of the blocks that `writer` keeps, where the recipe asks for it, once. What does not come
     out better is left as it was."""
     recipe = writer.recipe
-    if recipe.tune in (None, "none") or data is None or writer.tuned:
+    schedule = _schedule(recipe, writer.plans, data)
+    if schedule is None or data is None or writer.tuned:
         return
-    schedule = SCHEDULES[recipe.tune]
-    tuner = Tuner(Skeleton(writer.checkpoint, device), writer.block, schedule, progress)
+    tuner = Tuner(Skeleton(writer.checkpoint, device), writer.block, SCHEDULES[schedule], progress)
     done = tuner.run(data.sequences, recipe.calibration.seed)
-    better = done.after < done.before
-    if not better:
+    if not done.better:
         progress.say(f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left out")
-    note = {"schedule": recipe.tune, "kl_before": done.before, "kl_after": done.after, "kept": better}
-    kept = (done.linears, done.tensors) if better else ({}, {})
+    note = {"schedule": schedule, "kl_before": done.before, "kl_after": done.after, "kept": done.better}
+    kept = (done.linears, done.tensors) if done.better else ({}, {})
     writer.tune(*kept, note)
+
+
+def _schedule(recipe: Recipe, plans: Sequence[LinearPlan], data: CalibrationSet | None) -> str | None:
+    """The name of the schedule that scales and norms are trained on; None: they are not."""
+    if recipe.tune != "auto":
+        return None if recipe.tune == "none" else recipe.tune
+    weights = sum(p.out_features * p.in_features for p in plans if p.scheme)
+    fits = weights <= AUTO_WEIGHTS and data is not None and data.tokens >= AUTO_TOKENS
+    return "light" if fits else None
 
 
 def manifest_facts(

@@ -86,10 +86,11 @@ class Recipe(_Strict):
     act_order: bool = Field(
         default=True, description="GPTQ visits columns by falling importance (static groups: no g_idx)"
     )
-    tune: Literal["none", "light", "full"] | None = Field(
+    tune: Literal["none", "auto", "light", "full"] | None = Field(
         default=None,
-        description="scales and norms trained against the BF16 logits: one pass over the calibration text (light) or "
-        "four (full); unless said, none, and full with effort max and GPTQ rounding",
+        description="scales and norms trained against the BF16 logits: 16 small steps (light) or four passes over the "
+        "calibration text (full); auto: light for a model of at most 10^9 weights with 32,768 calibration tokens or "
+        "more; unless said, auto with GPTQ rounding, full with effort max",
     )
     propagate: bool = Field(
         default=False, description="collect statistics behind the quantized blocks instead of the BF16 ones"
@@ -110,7 +111,7 @@ class Recipe(_Strict):
         assert self.grid is not None
         fill("format", FORMATS_OF_GRID[self.grid][0])
         fill("damp", 0.05)
-        fill("tune", "full" if self.effort == "max" and self.rounding == "gptq" else "none")
+        fill("tune", "none" if self.rounding != "gptq" else "full" if self.effort == "max" else "auto")
         if self.format not in FORMATS_OF_GRID[self.grid]:
             holds = " or ".join(FORMATS_OF_GRID[self.grid])
             raise ValueError(f"format {self.format} cannot hold the grid {self.grid}: use {holds}")

@@ -25,6 +25,7 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare
 from halfbyte.experiments.cells import parts_of
 from halfbyte.experiments.judging import CellTask, evaluate_cell
+from halfbyte.experiments.matrix import load_matrix
 from halfbyte.experiments.quantize import load_model, quantize
 from halfbyte.experiments.sweep import sweep
 from halfbyte.models import Checkpoint, family_of
@@ -110,7 +111,9 @@ def count(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[tuple[
 def test_a_cell_has_the_bytes_that_it_has_alone(
     done: tuple[Path, Any], name: str, model: Path, data: CalibrationSet, tmp_path: Path
 ) -> None:
-    quantize(str(model), name, tmp_path / name, data, device="cpu")
+    (recipe,) = (cell.recipe for cell in load_matrix("strategy").cells if cell.name == name)
+    assert recipe is not None
+    quantize(str(model), recipe, tmp_path / name, data, device="cpu")
     assert digests(done[0] / "cells" / name) == digests(tmp_path / name)
     ours, theirs = (read(place / "halfbyte.json") for place in (done[0] / "cells" / name, tmp_path / name))
     assert {k: ours[k] for k in ("work", "recipe", "bytes", "linears")} == {

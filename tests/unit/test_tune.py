@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import halfbyte.experiments.quantize as experiments
 from halfbyte.artifact import check_artifact, load_fake_quantized, read_manifest
 from halfbyte.calibration import CalibrationSet
 from halfbyte.experiments.quantize import load_model, quantize
@@ -56,6 +57,24 @@ def test_training_lowers_the_divergence_and_keeps_the_codes(grid: str, tmp_path:
     assert divergence(place, model, ids) < divergence(plain, model, ids)
     old, new = codes(plain), codes(place)
     assert old.keys() == new.keys() and all(torch.equal(old[n], new[n]) for n in old)
+
+
+def test_auto_trains_where_there_is_text_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    little = made(model, tmp_path / "little", "default", **GRIDS["sym"])
+    assert read_manifest(little)["recipe"]["tune"] == "auto" and read_manifest(little)["tuning"] is None
+    text = data(40)
+    monkeypatch.setattr(experiments, "AUTO_TOKENS", text.tokens)
+    place = made(model, tmp_path / "enough", "default", text, **GRIDS["sym"])
+    tuning = read_manifest(place)["tuning"]
+    assert tuning["schedule"] == "light" and tuning["kept"] and tuning["kl_after"] <= 1.05 * tuning["kl_before"]
+    plain = made(model, tmp_path / "plain", "default", text, tune="none", **GRIDS["sym"])
+    old, new = codes(plain), codes(place)
+    assert all(torch.equal(old[n], new[n]) for n in old)
+    trained = torch.stack(text.sequences)
+    assert divergence(place, model, trained) < divergence(plain, model, trained)
+    monkeypatch.setattr(experiments, "AUTO_WEIGHTS", 1000)
+    assert read_manifest(made(model, tmp_path / "large", "default", text, **GRIDS["sym"]))["tuning"] is None
 
 
 def codes(place: Path) -> dict[str, torch.Tensor]:
