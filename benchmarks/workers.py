@@ -95,9 +95,8 @@ def main() -> None:
             )
             found.setdefault("whole pass, two processes of one thread", []).append(clock(lambda: whole(two)))
     print(machine())
-    print(
-        f"{given.recipe}, {given.blocks} blocks, {given.sequences} sequences\n\n| | seconds, median | all |\n|---|---|---|"
-    )
+    print(f"{given.recipe}, {given.blocks} blocks, {given.sequences} sequences\n")
+    print("| | seconds, median | all |\n|---|---|---|")
     for name, seconds in sorted(found.items()):
         print(f"| {name} | {statistics.median(seconds):.2f} | {', '.join(f'{s:.2f}' for s in seconds)} |")
 
