@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ class RayWorkers:
             if self.address == LOCAL:
                 self.ray.init(**quiet, **self._local())
             else:
+                _answers(self.address)
                 self.ray.init(address=self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise HalfbyteError(
@@ -109,21 +111,28 @@ class RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            self._end()
+        finally:
+            if self.handler is not None:
+                signal.signal(signal.SIGTERM, self.handler)
+            if self.place is not None:
+                shutil.rmtree(self.place, ignore_errors=True)
+            for name, value in self.environment.items():
+                os.environ.pop(name, None)
+                os.environ |= {} if value is None else {name: value}
+
+    def _end(self) -> None:
         with self.change:
             self.ending = True
             self.change.notify()
         if self.watch.is_alive():
             self.watch.join()
+        self.sent.clear()
         if self.ray is not None:
-            self.sent.clear()
             self.ray.shutdown()
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
-        if self.place is not None:
-            shutil.rmtree(self.place, ignore_errors=True)
-        for name, value in self.environment.items():
-            os.environ.pop(name, None)
-            os.environ |= {} if value is None else {name: value}
 
     def _alone(self) -> None:
         """A local cluster keeps to the loopback, with a secret of its own, and tells nobody of its use. Ray reads this
@@ -221,6 +230,13 @@ class RayWorkers:
         except errors.RayError as error:
             first = next(iter(str(getattr(error, "cause", None) or error).splitlines()), "")
             raise HalfbyteError(f"{label}: Ray: {first or type(error).__name__}") from error
+
+
+def _answers(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _interrupt(*_: object) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -223,6 +224,15 @@ def test_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, capsys
     words = ["quantize", place / "m", "-r", "B3", "--calibration", place / "set", "-o", place / "none"]
     assert halfbyte(*words, "--device", "cpu", "--ray", "local") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "halfbyte: --ray needs Ray: pip install 'halfbyte[ray]'"
+
+
+def test_an_address_where_nobody_is(place: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(HalfbyteError, match=f"^Ray at {address} cannot be reached: .*refused"):
+            with RayWorkers(address) as workers:
+                workers.open()
 
 
 def test_refusals(place: Path, tmp_path: Path, capsys: Any) -> None:
