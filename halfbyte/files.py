@@ -6,8 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,27 @@ def portable(place: str | Path) -> str:
     """
     path = Path(place)
     return path.name or str(path) if path.is_absolute() else str(place)
+
+
+_SECRET = r"[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|api[-_]?key|access[-_]?key|credentials?|authorization)"
+_ASSIGNED = re.compile(rf"(?i)^(-*{_SECRET}\s*[=:]\s*)(.+)$", re.S)
+_NAMED = re.compile(rf"(?i)^--?{_SECRET}$")
+_USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@]+@")
+_BEARER = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[\w-]{12,}|(?i:\bbearer\s+)\S{8,}")
+REDACTED = "***"
+
+
+def redacted(words: Sequence[str]) -> list[str]:
+    """A command line as results and logs may show it: values of options called token, password, api-key and the like,
+    users and passwords in URLs, and what looks like a key of a known service, are three stars."""
+    shown: list[str] = []
+    for word in words:
+        if shown and _NAMED.match(shown[-1]) and not word.startswith("-"):
+            shown.append(REDACTED)
+        else:
+            word = _ASSIGNED.sub(rf"\g<1>{REDACTED}", word)
+            shown.append(_BEARER.sub(REDACTED, _USERINFO.sub(rf"\g<1>{REDACTED}@", word)))
+    return shown
 
 
 def seen_from(directory: Path, place: Path) -> str | None:

@@ -5,10 +5,12 @@ Codes of findings, which stay as they are:
     manifest           halfbyte.json is missing or does not say what is to be compared
     header, index      a weight file is truncated or malformed; the shard index and the files disagree
     hash               a file is not the one that the manifest lists
+    foreign            a file that a loader may read and that the manifest does not list
     tensor-missing, tensor-unexpected, dtype, shape    against what the config makes vLLM look for
     not-finite, scale-sign    NaN or infinity; a scale that is not positive
     sharing            a scale that differs where vLLM takes one for several linears
     dequantize         a linear does not dequantize to what the quantizer chose
+    tensor-changed     a tensor's dtype, shape or bytes are not those that were written
     tokenizer          no tokenizer, or more tokens than embeddings
 One linear is in memory at a time.
 """
@@ -25,7 +27,10 @@ import torch
 from halfbyte.artifact.check_files import (
     MANIFEST,
     Inventory,
+    check_foreign,
     check_hashes,
+    check_recipe,
+    check_seal,
     check_tokenizer,
     read_object,
     take_inventory,
@@ -116,15 +121,19 @@ class _Check:
         config = read_object(self.directory / "config.json", "config", self.findings)
         manifest = read_object(self.directory / MANIFEST, "manifest", self.findings)
         self.inventory = take_inventory(self.directory, self.findings)
+        digests: dict[str, str] = {}
         if manifest:
+            digests = check_seal(manifest, self.findings)
             check_hashes(self.directory, manifest, self.progress, self.findings)
+            check_foreign(self.directory, manifest, self.findings)
+            check_recipe(self.directory, manifest, self.findings)
             self.chosen = self._choices(manifest)
         shapes = self._model_shapes(config) if config else {}
         rows = next((shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
         check_tokenizer(self.directory, rows, self.findings)
         kept_as, schemes = self._structure(config, shapes) if shapes else (None, {})
         readable = {n: s for n, s in schemes.items() if n not in self.malformed}
-        check_values(self.inventory, kept_as, readable, self.chosen, self.progress, self.findings)
+        check_values(self.inventory, kept_as, readable, self.chosen, digests, self.progress, self.findings)
 
     def _structure(
         self, config: dict, shapes: dict[str, tuple[int, ...]]

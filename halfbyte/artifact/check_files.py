@@ -7,16 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from halfbyte.artifact.findings import Findings
+from halfbyte.artifact.fingerprint import SEAL, seal_holds
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import TensorInfo, hash_file
-from halfbyte.models.checkpoint import read_header, read_json
+from halfbyte.models.checkpoint import TOKENIZER_FILES, read_header, read_json
 from halfbyte.types import Progress
 
 MANIFEST = "halfbyte.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+RECIPE = "recipe.yaml"
+LOADED = {
+    *TOKENIZER_FILES, "config.json", "generation_config.json", "adapter_config.json", "processor_config.json",
+    "preprocessor_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "params.json",
+    "chat_template.json", "additional_chat_templates", "custom_generate",
+}  # fmt: skip
+"""Names that loaders look for beside the weights."""
+LOADED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".h5", ".msgpack", ".py", ".so", ".jinja"}
+"""Weights, and what could be run."""
 
 
 @dataclass
@@ -113,6 +125,42 @@ def check_hashes(directory: Path, manifest: Mapping[str, Any], progress: Progres
         if problem:
             findings.add("hash", name, problem)
         progress.advance(1, name)
+
+
+def check_seal(manifest: Mapping[str, Any], findings: Findings) -> dict[str, str]:
+    """The manifest against its own seal; returns its tensor digests ({} where an older one has neither)."""
+    digests = manifest.get("tensors")
+    if SEAL not in manifest and digests is None:
+        return {}
+    if not seal_holds(manifest):
+        findings.add("manifest", MANIFEST, f"{MANIFEST} was changed after it was written: fetch it again")
+    if not isinstance(digests, dict):
+        findings.add("manifest", MANIFEST, f"{MANIFEST} lists no tensors: their bytes cannot be compared")
+        return {}
+    return digests
+
+
+def check_foreign(directory: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
+    """Whatever a loader may read is in the manifest: nothing was put beside the artifact's own files."""
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or manifest.get("tensors") is None:
+        return
+    for path in sorted(directory.iterdir()):
+        if path.name not in listed and (path.name in LOADED or path.suffix.lower() in LOADED_SUFFIXES):
+            findings.add("foreign", path.name, f"{path.name} is not part of the artifact, and a loader may read it")
+
+
+def check_recipe(directory: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
+    """recipe.yaml says what the manifest says of the recipe."""
+    path = directory / RECIPE
+    if not path.is_file() or "recipe" not in manifest:
+        return
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        told = None
+    if told != manifest["recipe"]:
+        findings.add("config", RECIPE, f"{RECIPE} does not say what {MANIFEST} says: fetch it again")
 
 
 def _differs(directory: Path, name: str, stated: Mapping[str, Any]) -> str:

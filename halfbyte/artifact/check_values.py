@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from halfbyte.algo import dequantize
 from halfbyte.artifact.check_files import Inventory
 from halfbyte.artifact.findings import Findings
-from halfbyte.artifact.fingerprint import weight_fingerprint
+from halfbyte.artifact.fingerprint import tensor_digest, weight_fingerprint
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats import Format, fused_groups
 from halfbyte.models import TensorInfo
@@ -30,6 +30,7 @@ def check_values(
     kept_as: Format | None,
     schemes: dict[str, Scheme | None],
     chosen: dict[str, Any],
+    digests: dict[str, str],
     progress: Progress,
     findings: Findings,
 ) -> None:
@@ -37,6 +38,7 @@ def check_values(
 
     kept_as   the format, or None where the config could not be read (then only finite values are checked)
     schemes   every linear's scheme by the config; chosen: the manifest's entry of each linear
+    digests   the manifest's digest of each tensor; empty where it has none
     """
     modules: dict[str, list[TensorInfo]] = {}
     for name, info in sorted(inventory.tensors.items()):
@@ -53,6 +55,7 @@ def check_values(
                 findings.add("header", module, f"cannot be read: {error}")
                 continue
             scheme = schemes.get(module)
+            _unchanged(tensors, digests, findings)
             sound = _numbers(tensors, scheme, findings)
             if kept_as is not None and scheme is not None:
                 ends = ((kind, tensors.get(f"{module}.{kind}")) for kind in _SHARED)
@@ -60,6 +63,12 @@ def check_values(
                 if sound:
                     _dequantized(kept_as, module, tensors, scheme, chosen.get(module, {}), findings)
     _sharing(shared, findings)
+
+
+def _unchanged(tensors: dict[str, torch.Tensor], digests: dict[str, str], findings: Findings) -> None:
+    for name, tensor in tensors.items():
+        if name in digests and tensor_digest(tensor) != digests[name]:
+            findings.add("tensor-changed", name, "its dtype, shape or bytes are not those that were written")
 
 
 def _numbers(tensors: dict[str, torch.Tensor], scheme: Scheme | None, findings: Findings) -> bool:

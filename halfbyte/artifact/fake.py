@@ -10,7 +10,7 @@ from torch import nn
 
 from halfbyte.algo import dequantize
 from halfbyte.errors import HalfbyteError
-from halfbyte.formats import columns, detect_format
+from halfbyte.formats import columns, read_config
 from halfbyte.models import Checkpoint, family_of
 from halfbyte.types import Scheme
 
@@ -29,12 +29,11 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     declared = checkpoint.config.get("quantization_config")
     if not declared:
         raise HalfbyteError(f"{directory} is not quantized: its config.json has no quantization_config")
-    form = detect_format(declared)
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    form, schemes = read_config(declared, names)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    schemes = form.parse(declared, names)
     for name, scheme in schemes.items():
         owned = checkpoint.load_all(name + ".")
         if scheme is None or (

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from halfbyte.artifact.check_files import MANIFEST
+from halfbyte.artifact.fingerprint import sealed
 from halfbyte.artifact.manifest import read_manifest
 from halfbyte.artifact.writer import work_of
 from halfbyte.files import link_or_copy, make_directory, write_json, write_text
@@ -37,5 +38,6 @@ def link_twin(source: Path, target: Path, recipe: Recipe, work: str, facts: dict
     own = {"sha256": hash_file(target / RECIPE), "bytes": (target / RECIPE).stat().st_size}
     manifest |= {"work": work, **facts, "recipe": recipe.identity()}
     manifest["files"] = manifest["files"] | {RECIPE: own}
+    manifest = sealed(manifest)
     write_json(target / MANIFEST, manifest)
     return manifest

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.algo import Solved, dequantize
 from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
-from halfbyte.artifact.fingerprint import weight_fingerprint
+from halfbyte.artifact.fingerprint import sealed, tensor_digest, weight_fingerprint
 from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import (
@@ -181,7 +181,7 @@ class ArtifactWriter:
         """Assemble the artifact from the kept blocks; `facts` go into the manifest (their `versions` and `notices`
         join those that are known here). Returns the manifest."""
         linears, solving, notices = self._reports()
-        self._write_shards()
+        tensors = self._write_shards()
         self._copy_files()
         schemes = {p.name: p.scheme for p in self.plans}
         producer = {"name": "halfbyte", "version": str(versions()["halfbyte"])}
@@ -204,8 +204,10 @@ class ArtifactWriter:
             "tuning": self._tuning,
             **self._sizes(linears),
             "linears": linears,
+            "tensors": tensors,
             "files": self._hashes(),
         }
+        manifest = sealed(manifest)
         write_json(self.directory / MANIFEST, manifest)
         shutil.rmtree(self.partial, ignore_errors=True)
         return manifest
@@ -240,7 +242,8 @@ class ArtifactWriter:
             info = kept.get(name) or self.checkpoint.tensors[name]
             yield name, info.nbytes, info.file
 
-    def _write_shards(self) -> None:
+    def _write_shards(self) -> dict[str, str]:
+        """Write the weight files and their index; returns every tensor's digest by name."""
         shards: list[list[tuple[str, int, Path]]] = [[]]
         for piece in self._pieces():
             if shards[-1] and sum(p[1] for p in shards[-1]) + piece[1] > SHARD_BYTES:
@@ -249,6 +252,7 @@ class ArtifactWriter:
         for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
             stale.unlink(missing_ok=True)
         places: dict[str, str] = {}
+        digests: dict[str, str] = {}
         for number, pieces in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, torch.Tensor] = {}
@@ -257,14 +261,17 @@ class ArtifactWriter:
                     tensors |= {p[0]: handle.get_tensor(p[0]) for p in pieces if p[2] == file}
             write_tensors(self.directory / name, {p[0]: tensors[p[0]] for p in pieces})
             places |= {p[0]: name for p in pieces}
+            digests |= {p[0]: tensor_digest(tensors[p[0]]) for p in pieces}
         if len(shards) > 1:
             total = sum(p[1] for pieces in shards for p in pieces)
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        return digests
 
     def _copy_files(self) -> None:
         extras = [self.checkpoint.path / name for name in COPIED]
         for file in [*self.checkpoint.tokenizer_files(), *extras]:
             if file.is_file():
+                self.checkpoint.own(file)
                 write_atomically(self.directory / file.name, partial(shutil.copyfile, file))
 
     def _sizes(self, linears: dict[str, Any]) -> dict[str, Any]:

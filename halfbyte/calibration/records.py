@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from halfbyte.calibration.render import render_chat
 from halfbyte.calibration.tokens import Tokenizer
 from halfbyte.errors import HalfbyteError, UsageError
 
@@ -123,7 +124,7 @@ def _message(part: object) -> dict[str, Any] | None:
     if "role" in part:
         return dict(part)
     if "from" in part and "value" in part:
-        return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}
+        return {"role": _ROLES.get(str(part["from"]), part["from"]), "content": part["value"]}
     return None
 
 
@@ -131,10 +132,9 @@ def _render(messages: list, where: str, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise HalfbyteError(f"{where} has `messages`, and the tokenizer has no chat template: give `text` instead")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"{where}: the chat template refuses these messages: {reason}") from error
+        return render_chat(tokenizer, messages)
+    except HalfbyteError as error:
+        raise HalfbyteError(f"{where}: the chat template refuses these messages: {error}") from error
 
 
 def _has(record: object) -> str:

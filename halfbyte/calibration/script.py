@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.calibration.render import render_chat
 from halfbyte.calibration.tokens import Tokenizer, leading_special
+from halfbyte.errors import HalfbyteError
 
 _MARKS = ("halfbyteone", "halfbytetwo", "halfbytethree")
 
@@ -63,8 +65,8 @@ def _chat_script(tokenizer: Tokenizer, stops: frozenset[int]) -> Script | None:
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS)]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template is a program of the model's author; one that refuses is one we do without
+        text = render_chat(tokenizer, messages)
+    except HalfbyteError:  # one that refuses is one we do without
         return None
     parts: list[str] = []
     for mark in _MARKS:

@@ -9,13 +9,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import halfbyte
-from halfbyte.cli import calibrate, make, prove, sensitivity, serve, sweep
+from halfbyte.cli import bench, calibrate, make, prove, sensitivity, serve, sweep
 from halfbyte.errors import HalfbyteError
 
 _CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """The base of typer's own usage errors, in whichever click it carries."""
 _INTERRUPTED = 130
 """What typer returns for Ctrl-C instead of raising KeyboardInterrupt."""
+DEBUG = "HALFBYTE_DEBUG"
+"""Set, it shows where an error that nobody foresaw was raised."""
 
 app = typer.Typer(
     name="halfbyte",
@@ -48,6 +50,12 @@ app.command("calibrate", short_help="Build a calibration set.")(calibrate.calibr
 app.command("quantize", short_help="Make one 4-bit checkpoint.")(make.quantize)
 app.command("check", short_help="Prove that an artifact is whole; --serve: in real vLLM.")(prove.check)
 app.command("eval", short_help="Measure what 4 bits lost against BF16.")(prove.evaluate)
+app.command(
+    "bench", short_help="Speed in real vLLM against BF16, per concurrency.", context_settings={"allow_extra_args": True}
+)(bench.bench)
+app.command("tune", short_help="The fastest vLLM flags on this machine.", context_settings={"allow_extra_args": True})(
+    bench.tune
+)
 app.command("sensitivity", short_help="The damage each linear group does alone, ranked.")(sensitivity.sensitivity)
 app.command("sweep", short_help="The experiment matrix: many recipes, ranked; shared work done once.")(sweep.sweep)
 app.command("report", short_help="A run's results as HTML and Markdown.")(prove.report)
@@ -86,6 +94,10 @@ def main() -> None:
         _refuse(error)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (a fault of halfbyte's: {DEBUG}=1 shows where)", 1)
     sys.exit(status or 0)
 
 

@@ -110,11 +110,11 @@ def emit(value: Mapping[str, Any], style: Format, text: str) -> None:
 
 
 def own_command() -> str:
-    """The command line as it was given, for a manifest: absolute paths in it by their last name alone."""
-    from halfbyte.files import portable
+    """The command line as it was given, for a manifest: absolute paths in it by their last name alone, no secrets."""
+    from halfbyte.files import portable, redacted
 
     def shown(word: str) -> str:
         option, equals, value = word.partition("=")
         return option + equals + portable(value) if equals and option.startswith("-") else portable(word)
 
-    return shlex.join(["halfbyte", *map(shown, sys.argv[1:])])
+    return shlex.join(["halfbyte", *map(shown, redacted(sys.argv[1:]))])

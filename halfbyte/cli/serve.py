@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli.console import Format, emit
 from halfbyte.cli.make import Concurrency, Context, Style
 from halfbyte.errors import HalfbyteError, UsageError
+
+if TYPE_CHECKING:
+    from halfbyte.models import Checkpoint
 
 
 def serve(
@@ -20,15 +23,25 @@ def serve(
     length: Context = None,
     concurrency: Concurrency = None,
     port: Annotated[int | None, typer.Option(metavar="N", min=1, max=65535, help="vLLM's own default is 8000.")] = None,
+    evidence: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", exists=True, help="Measured speeds of your own (halfbyte bench). Repeatable."),
+    ] = None,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     style: Style = Format.human,
 ) -> None:
     """The vLLM command that works for this artifact there; without --print it runs. After --: words for vLLM."""
     from halfbyte.evaluate.served import format_of
-    from halfbyte.models import Checkpoint
+    from halfbyte.models import Checkpoint, cache_dir
+    from halfbyte.plan.speed import Model, nearest_first
+    from halfbyte.platforms import load_platform
+    from halfbyte.platforms.evidence import read_table
     from halfbyte.serving import find_vllm, run_in_place, serve_command
 
-    Checkpoint(directory)
+    known = [*(evidence or []), cache_dir() / "evidence"]
+    platform = nearest_first(load_platform(on, known), Model(_parameters(Checkpoint(directory)), _ranks(context.args)))
+    own = [read_table(path) for path in evidence or [] if path.is_file()]
+    seen = [table.vllm for table in own if table.device.casefold() == platform.name.casefold()]
     install = None
     try:
         install = find_vllm(vllm)
@@ -38,12 +51,12 @@ def serve(
     command = serve_command(
         directory,
         format_of(directory),
-        on,
+        platform,
         context=length,
         concurrency=concurrency,
         port=port,
         extra=context.args,
-        vllm_version=install.version if install and not only_print else None,
+        vllm_version=install.version if install and not only_print else next(iter(seen), None),
     )
     for note in command.notes:
         typer.echo(f"note: {note}", err=True)
@@ -53,6 +66,28 @@ def serve(
         return
     assert install is not None
     run_in_place(command, install)
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Of the model as it was in BF16, two bytes each: from the manifest, where there is one, else of its tensors.
+
+    0 where the weights cannot be read: no measurement is near then.
+    """
+    from halfbyte.artifact.manifest import MANIFEST, read_manifest
+
+    try:
+        made = (checkpoint.path / MANIFEST).is_file()
+        return int(read_manifest(checkpoint.path)["bytes_bf16"] if made else checkpoint.total_bytes) // 2
+    except HalfbyteError:
+        return 0
+
+
+def _ranks(words: list[str]) -> int:
+    """The devices that share the model, by the user's own words for vLLM."""
+    import re
+
+    given = re.findall(r"--tensor[-_]parallel[-_]size[ =](\d+)", " ".join(words))
+    return int(given[-1]) if given else 1
 
 
 def ls(
@@ -102,18 +137,22 @@ def _methods() -> dict[str, str]:
 
 def env(
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask that vLLM itself whether what is known of it holds.")
+    ] = False,
     style: Style = Format.human,
 ) -> None:
-    """Versions, the machine, the vLLM that is found, and what is known of it."""
+    """Versions, the machine, the vLLM that is found, and what is known of it; --verify: fact by fact."""
     from halfbyte.artifact.manifest import git_commit, versions
-    from halfbyte.platforms import facts_for
-    from halfbyte.serving import find_vllm
+    from halfbyte.serving import find_vllm, standing
 
+    if verify:
+        return _verify(vllm, style)
     found: dict[str, str | None] = {**versions(), "git": git_commit()}
     try:
         install = find_vllm(vllm)
         found |= {"vllm": install.version, "vllm_executable": str(install.executable)}
-        found["vllm_facts"] = facts_for(install.version).notice or "known: its facts were read from this release"
+        found["vllm_facts"] = standing(install.version)
     except HalfbyteError as error:
         if vllm:
             raise
@@ -122,3 +161,22 @@ def env(
     emit(
         found, style, "\n".join(f"{name:{width}}{value if value is not None else '-'}" for name, value in found.items())
     )
+
+
+def _verify(vllm: str | None, style: Format) -> None:
+    from halfbyte.cli.console import progress
+    from halfbyte.serving import find_vllm, verify
+
+    with progress() as shown:
+        shown.start("asking vLLM", 1)
+        result = verify(find_vllm(vllm))
+        shown.advance()
+    width = max(len(row["fact"]) for row in result["facts"])
+    lines = [f"{row['fact']:{width}}  {row['verdict']:15}  {row['why']}".rstrip() for row in result["facts"]]
+    counts = {
+        name: sum(row["verdict"] == name for row in result["facts"]) for name in ("holds", "differs", "cannot be asked")
+    }
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    emit(result, style, "\n".join([*lines, "", f"vLLM {result['vllm']}: {told}"]))
+    if not result["ok"]:
+        raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,11 @@ def sweep(
         typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1. Repeatable."),
     ] = None,
     by: Annotated[By, typer.Option("--by", metavar="WHAT", help="What quality is: kl or ppl.")] = By.kl,
+    bench: Annotated[
+        int | None,
+        typer.Option("--bench", metavar="N", min=1, help="Measure tokens/s in real vLLM here, N sequences at once."),
+    ] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     device: Device = None,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
@@ -53,9 +59,12 @@ def sweep(
 ) -> None:
     """The experiment matrix: every cell made and judged, what they share done once, ranked by quality."""
     from halfbyte.experiments.sweep import sweep as do
+    from halfbyte.serving import find_vllm
 
+    install = find_vllm(vllm) if bench else None
     with progress() as shown, workers_of(ray, ray_workers, ray_resources, device, shown) as them:
-        result = do(
+        run = partial(
+            do,
             model,
             matrix,
             output,
@@ -72,10 +81,24 @@ def sweep(
             workers=them,
             judged_on=list(them.resources) if them else [],
         )
+        result = run()
+        if bench and install:
+            _bench(output, model, result, on[0], bench, install, shown)
+            result = run(force=False)
     emit(result, style, sweep_words(result, output))
     code = EXIT_CODES[result["verdict"]]
     if code:
         raise typer.Exit(code)
+
+
+def _bench(output: Path, model: str, result: dict[str, Any], on: str, level: int, install: Any, shown: Any) -> None:
+    from halfbyte.experiments.bench_cells import bench_cells
+    from halfbyte.models import resolve_model
+
+    found = bench_cells(output, result["cells"], resolve_model(model, shown), on, level, install, progress=shown)
+    for name, row in found.items():
+        if row["status"] != "ok":
+            shown.say(f"{name}: tokens/s not measured: {row['status']}: {row['reason']}")
 
 
 def sweep_words(result: dict[str, Any], output: Path) -> str:
@@ -140,7 +163,7 @@ LEFT = ("cell", "method", "in BF16", "95 % interval", "gates", "front", "note")
 
 
 def _words(row: dict[str, Any]) -> dict[str, str]:
-    from halfbyte.report.sweep import exemption_words
+    from halfbyte.report.sweep_cells import exemption_words
 
     metrics = row["eval"]["metrics"]
     kl, speed = metrics["kl_mean"], row["tokens_per_second"]

@@ -39,10 +39,14 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.family: Family = family_of(checkpoint.config)
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        config.use_cache = False
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+            config.use_cache = False
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # transformers may raise anything for a config that makes no sense
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise HalfbyteError(f"{checkpoint.path}/config.json describes no model: {reason}") from error
         self.model: nn.Module = model.eval()
         self.inner: nn.Module = model.model
         self.blocks: list[nn.Module] = list(self.inner.layers)

@@ -217,10 +217,12 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
     from transformers import AutoTokenizer
 
+    Checkpoint(path).tokenizer_files()
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # files of a stranger may make the library raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__} {reason}"
         raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error
 
 
@@ -230,9 +232,13 @@ def load_model(path: Path, device: str = "cpu") -> Any:
 
     Checkpoint(path).tensors  # noqa: B018  a missing or truncated shard gets its one line here
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
+        )
         return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HalfbyteError(f"{path} cannot be loaded by transformers: {reason}") from error
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from halfbyte.formats.awq import AWQ
 from halfbyte.formats.base import Format, columns, fused_groups
 from halfbyte.formats.bits import FormatError
 from halfbyte.formats.compressed import CompressedTensors
 from halfbyte.formats.gptq import GPTQ
 from halfbyte.formats.modelopt import ALGORITHMS, ModelOpt, declared
+from halfbyte.types import Scheme
 
-__all__ = ["Format", "FormatError", "columns", "detect_format", "fused_groups", "get_format"]
+__all__ = ["Format", "FormatError", "columns", "detect_format", "fused_groups", "get_format", "read_config"]
 
 _FORMATS: dict[str, type[Format]] = {f.name: f for f in (GPTQ, AWQ, ModelOpt, CompressedTensors)}
 
@@ -35,3 +39,17 @@ def detect_format(quantization_config: dict) -> Format:
     if method not in _FORMATS:
         raise FormatError(f"quant_method {method!r} is not read here: {', '.join(_FORMATS)}")
     return _FORMATS[method]()
+
+
+def read_config(stated: object, names: Iterable[str]) -> tuple[Format, dict[str, Scheme | None]]:
+    """The format that a file's `quantization_config` declares, and every linear's scheme by it (see Format.parse).
+
+    Raises FormatError for whatever a damaged or hostile config may hold.
+    """
+    try:
+        if not isinstance(stated, dict):
+            raise FormatError("there is no quantization_config: vLLM would take the weights for BF16")
+        kept_as = detect_format(stated)
+        return kept_as, kept_as.parse(stated, names)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, re.error) as error:
+        raise FormatError(f"quantization_config cannot be read: {type(error).__name__} {error}") from error

@@ -21,8 +21,21 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.errors import HalfbyteError, UsageError
 
-MAX_HEADER = 100 << 20
-"""Bytes of the largest header the safetensors format allows."""
+MAX_HEADER = 32 << 20
+"""Bytes of the largest header that is read: some 300,000 tensors. (The format allows 100 MB.)"""
+MAX_JSON = 128 << 20
+"""Bytes of the largest JSON file that is read; the largest tokenizers have 34 MB."""
+LIMITS = {
+    "num_hidden_layers": 2000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}
+"""What no model has in these keys of config.json; beyond it a config is a mistake or a trap."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,9 +67,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
+            if MAX_HEADER < length <= size - 8:
+                raise HalfbyteError(f"{file} has a header of {length >> 20} MiB, more than any model needs: refused")
+            if size < 8 or length > size - 8:
                 raise HalfbyteError(f"{file} is truncated or no safetensors file: fetch it again")
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise HalfbyteError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -77,6 +92,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         state = "truncated" if size < 8 + length + end else "longer than its header says"
         raise HalfbyteError(f"{file} is {state} ({size:,} bytes, header says {8 + length + end:,}): fetch it again")
     return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two of one name, readers would take one or the other."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return tree
 
 
 def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -129,9 +152,17 @@ def _remembered_hash(path: Path) -> str:
     return digest
 
 
+def refuse_large(path: Path, limit: int = MAX_JSON) -> None:
+    """Raise HalfbyteError for a file of more than `limit` bytes, before it is read."""
+    size = path.stat().st_size
+    if size > limit:
+        raise HalfbyteError(f"{path} has {size >> 20:,} MiB, and more than {limit >> 20} are not read: refused")
+
+
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises HalfbyteError with the file's name."""
+    """A JSON object from a file of at most MAX_JSON bytes. Raises HalfbyteError with the file's name."""
     try:
+        refuse_large(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HalfbyteError(f"{path} cannot be read: {error.strerror}") from error
@@ -152,7 +183,30 @@ class Checkpoint:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise UsageError(f"{path} is not a model directory: it has no config.json")
+        self.own(self.path / "config.json")
         self.config = read_json(self.path / "config.json")
+        self._refuse_traps()
+
+    def own(self, file: Path) -> Path:
+        """`file`, which is copied or read as it is. Raises HalfbyteError for a link that leads out of the directory:
+        what it leads to may be private, and would end in an artifact. (The hub's cache links into itself.)"""
+        root = self.path.resolve()
+        homes = [root, root.parents[1]] if root.parent.name == "snapshots" else [root]
+        if file.is_symlink() and not any(file.resolve().is_relative_to(home) for home in homes):
+            raise HalfbyteError(f"{file} is a link that leads out of the model's directory: put the file itself there")
+        return file
+
+    def _refuse_traps(self) -> None:
+        """Raise HalfbyteError for a directory that would have code fetched or run, or whose sizes are absurd."""
+        for key, limit in LIMITS.items():
+            value = self.config.get(key)
+            if isinstance(value, (int, float)) and not -limit <= value <= limit:
+                raise HalfbyteError(f"{self.path}/config.json: {key} is {value:.3g}, and no model has that: refused")
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+            if "/" in str(self.config.get(key, "")):
+                raise HalfbyteError(f"{self.path}/config.json: {key} names code on the hub: refused; remove the key")
+        if (self.path / "adapter_config.json").exists():
+            raise HalfbyteError(f"{self.path} holds an adapter beside the model: merge it first, or remove it")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -225,4 +279,7 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files that are there."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        found = [self.own(self.path / name) for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        for file in found:
+            refuse_large(file)
+        return found

@@ -39,14 +39,17 @@ def nearest_first(platform: Platform, model: Model) -> Platform:
     return platform.model_copy(update={"speed": tuple(sorted(platform.speed, key=lambda t: not is_near(t, model)))})
 
 
-def speed_table(platform: Platform) -> SpeedTable | None:
-    """The first table that holds for the vLLM version that the platform's data assumes."""
-    return next((table for table in platform.speed if table.covers(platform.vllm)), None)
+def speed_table(platform: Platform, format_name: str | None = None, variant: str | None = None) -> SpeedTable | None:
+    """The first table that holds for the vLLM version that the platform's data assumes, and has a row for the format
+    where one has."""
+    tables = [table for table in platform.speed if table.covers(platform.vllm)]
+    having = [table for table in tables if format_name and table.rows_for(format_name, variant)]
+    return next(iter([*having, *tables]), None)
 
 
 def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[SpeedRow, float] | None:
     """The fastest measured kernel for a recipe there and its gain over BF16; None where nothing was measured."""
-    table = speed_table(platform)
+    table = speed_table(platform, recipe.format, variant_of(recipe))
     rows = table.rows_for(str(recipe.format), variant_of(recipe)) if table else ()
     if not table or not rows:
         return None
@@ -78,9 +81,9 @@ def predict(
     BF16; None: not known), `basis` ("measured", "roofline" or None), `measured_at` (the measurement's concurrency),
     `tokens_per_second` (written, all sequences together), `roofline` (the roofline's gain at the stated context).
     """
-    table = speed_table(platform)
+    table = speed_table(platform, recipe.format, variant_of(recipe))
     rows = table.rows_for(str(recipe.format), variant_of(recipe)) if table else ()
-    if rows:
+    if table and rows:
         return [_row(recipe, platform, table, row, row.kernel, model, works, context, levels) for row in rows]
     support = platform.formats.get(f"{recipe.format}/{variant_of(recipe)}") or platform.formats.get(str(recipe.format))
     kernels = [k.name for k in support.kernels_in(platform.vllm)] if support and support.loads else []

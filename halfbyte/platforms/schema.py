@@ -81,6 +81,8 @@ class FormatSupport(Data):
     @field_validator("kernels", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
         return [{"name": item} if isinstance(item, str) else item for item in value]
 
     @model_validator(mode="after")
@@ -123,6 +125,23 @@ class Pins(Data):
     evidence: Evidence
 
 
+class Knob(Data):
+    """A flag of `vllm serve` whose best value depends on model, load and machine: what `halfbyte tune` tries."""
+
+    flag: str
+    values: tuple[str, ...] = Field(min_length=1, description="beside what vLLM does without the flag")
+    formats: tuple[str, ...] = Field((), description="formats that it matters for; empty: any")
+    since: str = "0.0.0"
+    before: str = EVER
+    changes: str = Field("", description="what it changes beside speed; then the value is not kept by itself")
+    note: str = ""
+    evidence: Evidence
+
+    def matters(self, format_name: str | None, vllm: str) -> bool:
+        """Whether to try it for a format with that vLLM."""
+        return within(self.since, vllm, self.before) and (not self.formats or format_name in self.formats)
+
+
 class Platform(Data):
     """One kind of hardware. `vllm` is the version that its evidence was taken on, assumed where none is known."""
 
@@ -148,6 +167,7 @@ class Platform(Data):
         0, ge=0, description="device memory beside weights, KV cache and activations (context, graphs): an estimate"
     )
     pins: Pins | None = None
+    tune: tuple[Knob, ...] = Field((), description="in the order in which `halfbyte tune` tries them")
     speed: tuple[SpeedTable, ...] = Field((), description="filled from evidence files, newest first")
 
     def support(self, format_name: str | None, variant: str | None = None) -> FormatSupport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import resources
 from pathlib import Path
@@ -10,8 +11,9 @@ import jinja2
 from markupsafe import Markup
 
 from halfbyte.files import write_text
+from halfbyte.report.blocks import Page
+from halfbyte.report.run_page import run_page
 from halfbyte.report.sources import read_sources
-from halfbyte.report.views import build_views
 
 MANIFEST = "halfbyte.json"
 SWEEP = "sweep.json"
@@ -31,11 +33,14 @@ def build_report(run_dir: Path) -> tuple[Path, Path]:
         from halfbyte.report.sweep import build_sweep_report
 
         return build_sweep_report(run_dir)
-    views = build_views(read_sources(run_dir))
-    page, plain = _places(run_dir)
-    write_text(page, html_environment().get_template("report.html.j2").render(views, style=style()))
-    write_text(plain, markdown_environment().get_template("report.md.j2").render(views))
-    return page, plain
+    return write_page(run_page(read_sources(run_dir)), *_places(run_dir))
+
+
+def write_page(page: Page, html: Path, markdown: Path) -> tuple[Path, Path]:
+    """Write a page as HTML and as Markdown; returns both paths."""
+    write_text(html, html_environment().get_template("page.html.j2").render(page=page, style=style()))
+    write_text(markdown, markdown_environment().get_template("page.md.j2").render(page=page))
+    return html, markdown
 
 
 def _places(directory: Path) -> tuple[Path, Path]:
@@ -60,10 +65,12 @@ def fence(value: object) -> str:
     return f"{ticks}\n{body}\n{ticks}"
 
 
+@functools.cache
 def html_environment() -> jinja2.Environment:
     return jinja2.Environment(loader=_Templates(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)
 
 
+@functools.cache
 def markdown_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=_Templates(), autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from halfbyte.report.words import dig, listing, mapping, number, percent, significant, size, text
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+AT_LEAST = ("top1",)
+"""Gates whose limit is a least value, where nothing else tells."""
 STEPS = 9
 """Shades of the heat map."""
-CELL, GAP, LABEL, HEAD = 18, 2, 96, 20
-"""Heat-map geometry in SVG units: a cell, the gap between two, the room for row names and for block numbers."""
+ROW = 19
+"""Pixels of a heat map's row; its columns share the width."""
+GAP = 0.08
+"""Share of a cell that is left free between two."""
 COMPONENTS = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp", "lm_head": "lm_head"}
 COMPONENT_NAMES = {
     "attention": "Attention linears",
@@ -20,6 +25,7 @@ COMPONENT_NAMES = {
     "lm_head": "lm_head",
     "other": "Embeddings, norms, biases",
 }
+Show = Callable[[float], str]
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,5})\.(.+)$")
 
 
@@ -38,28 +44,38 @@ def errors_by_linear(manifest: dict[str, Any], plan: dict[str, Any]) -> dict[str
     return found
 
 
-def heat_map(errors: dict[str, float | None]) -> dict[str, Any] | None:
-    """Depth × linear cells shaded by error, exempt linears outlined; None when no linear has an error."""
-    placed = {(int(m[1]), m[2]): (name, errors[name]) for name in errors if (m := _BLOCK.search(name))}
-    values = [value for _, value in placed.values() if value is not None]
-    if not values:
+def heat_map(
+    values: dict[str, float | None], what: str = "output error", show: Show = percent
+) -> dict[str, Any] | None:
+    """Depth × linear cells shaded by `values`, exempt linears (None) outlined; None when no linear has a value.
+
+    Columns and cells in percent of the width, rows in pixels.
+    """
+    placed = {(int(m[1]), m[2]): (name, values[name]) for name in values if (m := _BLOCK.search(name))}
+    known = [value for _, value in placed.values() if value is not None]
+    if not known:
         return None
     rows = sorted({leaf for _, leaf in placed}, key=_row_order)
     depth = 1 + max(block for block, _ in placed)
-    low, high = min(values), max(values)
-    ordered = sorted(placed.items())
-    cells = [_cell(block, rows.index(leaf), name, value, low, high) for (block, leaf), (name, value) in ordered]
-    middles = [HEAD + row * (CELL + GAP) + CELL / 2 for row in range(len(rows))]
-    every = 1 if depth <= 16 else 5 if depth <= 60 else 10
+    low, high = min(known), max(known)
+    every = 1 if depth <= 12 else 5 if depth <= 60 else 10
+    wide = 100 / depth
     return {
-        "width": LABEL + depth * (CELL + GAP),
-        "height": HEAD + len(rows) * (CELL + GAP),
-        "cell": CELL,
-        "cells": cells,
-        "rows": [{"y": y, "label": leaf.rsplit(".", 1)[-1]} for y, leaf in zip(middles, rows)],
-        "columns": [{"x": LABEL + b * (CELL + GAP) + CELL / 2, "label": b} for b in range(depth) if b % every == 0],
-        "low": percent(low),
-        "high": percent(high),
+        "height": len(rows) * ROW,
+        "row": ROW,
+        "width": round(wide * (1 - GAP), 3),
+        "cells": [
+            {
+                "x": round(wide * (block + GAP / 2), 3),
+                "y": rows.index(leaf) * ROW,
+                **_cell(name, value, low, high, f"{what}: {show(value)}" if value is not None else "BF16, exempt"),
+            }
+            for (block, leaf), (name, value) in sorted(placed.items())
+        ],
+        "rows": [{"y": i * ROW + ROW / 2, "label": leaf.rsplit(".", 1)[-1]} for i, leaf in enumerate(rows)],
+        "columns": [{"x": round(wide * (b + 0.5), 3), "label": b} for b in range(depth) if b % every == 0],
+        "low": show(low),
+        "high": show(high),
         "exempt": any(value is None for _, value in placed.values()),
         "steps": list(range(STEPS)),
     }
@@ -70,15 +86,23 @@ def _row_order(leaf: str) -> tuple[int, str]:
     return (LINEARS.index(last) if last in LINEARS else len(LINEARS), leaf)
 
 
-def _cell(block: int, row: int, name: str, value: float | None, low: float, high: float) -> dict[str, Any]:
+def _cell(name: str, value: float | None, low: float, high: float, words: str) -> dict[str, str]:
     share = 0.5 if value is None or high <= low else (value - low) / (high - low)
     step = min(STEPS - 1, int(share * STEPS))
-    return {
-        "x": LABEL + block * (CELL + GAP),
-        "y": HEAD + row * (CELL + GAP),
-        "class": "exempt" if value is None else f"h{step}",
-        "title": f"{name}: {'BF16, exempt' if value is None else percent(value) + ' output error'}",
-    }
+    return {"class": "exempt" if value is None else f"h{step}", "title": f"{name}: {words}"}
+
+
+def sensitivity_by_linear(sensitivity: dict[str, Any]) -> dict[str, float | None]:
+    """KL of quantizing a linear's fused group alone, nats a token, by full linear name; None for an exempt linear."""
+    found: dict[str, float | None] = {}
+    for row in map(mapping, listing(sensitivity.get("exempt"))):
+        if isinstance(row.get("name"), str):
+            found[row["name"]] = None
+    for row in map(mapping, listing(sensitivity.get("groups"))):
+        kl = number(row.get("kl"))
+        if kl is not None:
+            found |= {name: kl for name in listing(row.get("names")) if isinstance(name, str)}
+    return found
 
 
 def worst_linears(errors: dict[str, float | None], count: int = 8) -> list[dict[str, str]]:
@@ -136,17 +160,18 @@ def gate_bullet(gate: dict[str, Any], limit: float | None) -> dict[str, Any] | N
     value, low, high = (number(gate.get(key)) for key in ("value", "low", "high"))
     if value is None or low is None or high is None or limit is None:
         return None
-    at_least = gate.get("name") == "top1"
-    points = (value, low, high, limit)
-    start = max(0.0, min(points) - 0.6 * (max(points) - min(points)) - 0.01) if at_least else min(0.0, min(points))
-    stop = 1.0 if at_least else max(points) * 1.15 + 1e-9
+    points, least = (value, low, high, limit), is_least(gate, limit)
+    share = least and max(points) <= 1
+    reach = max(points) - min(points)
+    start = max(0.0, min(points) - 0.6 * reach - 0.01) if share else min(0.0, min(points))
+    stop = 1.0 if share else max(points) + 0.15 * max(abs(max(points)), reach) + 1e-9
     if not math.isfinite(stop - start) or stop <= start:
         return None
 
     def place(x: float) -> float:
         return round(100 * (x - start) / (stop - start), 2)
 
-    allowed = (place(limit), 100.0) if at_least else (0.0, place(limit))
+    allowed = (place(limit), 100.0) if least else (0.0, place(limit))
     return {
         "allowed_x": allowed[0],
         "allowed_width": round(allowed[1] - allowed[0], 2),
@@ -158,11 +183,37 @@ def gate_bullet(gate: dict[str, Any], limit: float | None) -> dict[str, Any] | N
     }
 
 
+def is_least(gate: dict[str, Any], limit: float) -> bool:
+    """Whether the limit is a least value (agreement, speed-up) and not a most one.
+
+    The judgement tells: one that passed lies on the allowed side, one that failed has an end on the other. Where that
+    leaves it open, the words do.
+    """
+    low, high = number(gate.get("low")), number(gate.get("high"))
+    if low is not None and high is not None and low != high:
+        below, above = high <= limit, low >= limit
+        if gate.get("status") == "passed" and below != above:
+            return above
+        if gate.get("status") == "failed" and (low > limit or high < limit):
+            return below
+    return "at least" in str(gate.get("text")) or str(gate.get("name")) in AT_LEAST
+
+
+def difference_bullet(value: Any, low: Any, high: Any, reach: float) -> dict[str, Any] | None:
+    """A difference's interval beside zero, in percent of a picture that goes from -reach to reach."""
+    numbers = [number(x) for x in (value, low, high)]
+    if None in numbers or reach <= 0:
+        return None
+    at, left, right = (round(50 + 50 * max(-1.0, min(1.0, x / reach)), 2) for x in numbers if x is not None)
+    title = f"{significant(value)} ({significant(low)} to {significant(high)})"
+    return {"low": left, "width": round(max(0.6, right - left), 2), "value": at, "limit": 50.0, "title": title}
+
+
 def limit_number(limit: Any) -> float | None:
-    """The number in a gate's limit as it is spelled: `+5%` is 0.05, `0.1` is 0.1."""
+    """The number in a gate's limit as it is spelled: `+5%` is 0.05, `0.1` is 0.1, `40GiB` is 40."""
     try:
         spelled = str(limit).strip()
-        share = float(spelled.removesuffix("%"))
+        share = float(spelled.removesuffix("%").removesuffix("GiB"))
     except ValueError:
         return None
     return number(share / 100 if spelled.endswith("%") else share)

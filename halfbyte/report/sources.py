@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.report.words import dig, listing
 
 FILES: dict[str, tuple[str, ...]] = {
     "plan": ("plan.json",),
@@ -15,10 +16,32 @@ FILES: dict[str, tuple[str, ...]] = {
     "served": ("served.json",),
     "evaluation": ("eval.json",),
     "gates": ("gates.json",),
+    "mitigation": ("mitigation.json",),
+    "tasks": ("tasks.json",),
+    "chat": ("chat.json",),
+    "long_context": ("long_context.json",),
+    "stability": ("stability.json",),
+    "sensitivity": ("sensitivity.json",),
     "calibration": ("calibration/manifest.json",),
     "manifest": ("model/halfbyte.json", "halfbyte.json"),
 }
 """Where each result stands; the manifest also directly, so that a report can be made of an artifact alone."""
+COMMANDS = {
+    "gates": "halfbyte run {baseline} --on {platform} -o DIR --gate ppl=+5%",
+    "evaluation": "halfbyte eval {artifact} -o {results}",
+    "tasks": "halfbyte eval {artifact} --task default -o {results}",
+    "long_context": "halfbyte eval {artifact} --long-context -o {results}",
+    "bench": "halfbyte bench {artifact} --on {platform} -o {results}",
+    "stability": "halfbyte bench {artifact} --on {platform} --stability 60 -o {results}",
+    "served": "halfbyte check {artifact} --serve -o {results}",
+    "check": "halfbyte check {artifact} -o {results}",
+    "plan": "halfbyte plan {baseline} --on {platform} --format json > plan.json",
+    "manifest": "halfbyte quantize {baseline} -r RECIPE -o DIR",
+    "calibration": "halfbyte calibrate -m {baseline} -o calibration",
+}
+"""What makes each result, in the run's directory."""
+BENCHES = "bench*.json"
+"""bench.json, or one for each platform."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +54,53 @@ class Sources:
     served: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)
+    mitigation: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    chat: dict[str, Any] = field(default_factory=dict)
+    long_context: dict[str, Any] = field(default_factory=dict)
+    stability: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    benches: tuple[dict[str, Any], ...] = ()
     problems: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is an artifact's own directory, not that of a run."""
+        return (self.run / "halfbyte.json").is_file()
+
+    @property
+    def artifact(self) -> str:
+        """The artifact as commands name it: seen from the run's directory, or from beside it where it is alone."""
+        return self.run.resolve().name if self.alone else "model"
+
+    @property
+    def results(self) -> str:
+        """Where commands put what they measure, as seen from there."""
+        return f"{self.artifact}-results" if self.alone else "."
+
+    def command(self, result: str) -> str:
+        """The command that makes one of COMMANDS' results here."""
+        places = {"artifact": self.artifact, "results": self.results, "platform": self.platform}
+        return COMMANDS[result].format(baseline=self.baseline, **places)
+
+    @property
+    def baseline(self) -> str:
+        """The BF16 model as the user named it."""
+        named = (
+            dig(self.manifest, "model", "name"),
+            self.manifest.get("model"),
+            self.evaluation.get("baseline"),
+            dig(self.plan, "model", "name"),
+            dig(self.plan, "model", "path"),
+        )
+        return next((value for value in named if isinstance(value, str) and value), "MODEL")
+
+    @property
+    def platform(self) -> str:
+        """The first platform that was planned for, as commands name it."""
+        return next((str(name) for name in listing(dig(self.plan, "request", "platforms"))), "PLATFORM")
 
 
 def read_sources(run_dir: Path) -> Sources:
@@ -41,23 +108,31 @@ def read_sources(run_dir: Path) -> Sources:
     if not run_dir.is_dir():
         raise UsageError(f"{run_dir} is no directory: name the output directory of `halfbyte run`")
     found: dict[str, dict[str, Any]] = {}
-    problems = []
+    problems: list[str] = []
     for name, places in FILES.items():
         file = next((run_dir / place for place in places if (run_dir / place).is_file()), None)
-        if file is None:
-            continue
-        value = _read(file)
-        if value is None:
-            problems.append(f"{file.relative_to(run_dir)} is not a JSON object and was left out")
-        else:
+        if file is not None and (value := _noted(file, run_dir, problems)) is not None:
             found[name] = value
-    if not found and not problems:
+    benches = tuple(
+        b
+        for file in sorted(run_dir.glob(BENCHES), key=lambda f: (len(f.name), f.name))
+        if (b := _noted(file, run_dir, problems)) is not None
+    )
+    if not found and not benches and not problems:
         names = ", ".join(places[0] for places in FILES.values())
         raise UsageError(f"{run_dir} holds no results ({names}): run `halfbyte run` first")
-    return Sources(run=run_dir, problems=tuple(problems), **found)
+    return Sources(run=run_dir, benches=benches, problems=tuple(problems), **found)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _noted(file: Path, run_dir: Path, problems: list[str]) -> dict[str, Any] | None:
+    value = read_result(file)
+    if value is None:
+        problems.append(f"{file.relative_to(run_dir)} is not a JSON object and was left out")
+    return value
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """One result file; None where it is missing or no JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

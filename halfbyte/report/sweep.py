@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.files import write_text
-from halfbyte.report.build import SWEEP, html_environment, markdown_environment, style
-from halfbyte.report.sweep_plot import pareto_plot
+from halfbyte.report.blocks import (
+    Block,
+    Code,
+    Facts,
+    Heading,
+    Items,
+    Missing,
+    Page,
+    Pairs,
+    Section,
+    Words,
+    left,
+    right,
+    table,
+)
+from halfbyte.report.build import SWEEP, write_page
+from halfbyte.report.front import Candidate, cell_rates, front_section
+from halfbyte.report.judged import VERDICTS, binding_words
+from halfbyte.report.sources import read_result
+from halfbyte.report.sweep_cells import differences, kl_of, matrix
 from halfbyte.report.words import (
+    command,
     dig,
     listing,
     mapping,
+    measure,
     number,
     percent,
     seconds,
@@ -22,17 +40,6 @@ from halfbyte.report.words import (
     text,
 )
 
-VERDICTS = {
-    "accepted": ("Accepted", "passed"),
-    "rejected": ("Rejected", "failed"),
-    "failed": ("Failed", "failed"),
-    "incomplete": ("Incomplete", "open"),
-}
-SHORT = {
-    "boundary block": "end blocks",
-    "boundary projection": "ends' o, down",
-    "tied to the embeddings": "lm_head",
-}
 STAGES = {
     "calibration": "Text: calibration and held out",
     "statistics": "Statistics, once for all cells",
@@ -50,42 +57,93 @@ def build_sweep_report(directory: Path) -> tuple[Path, Path]:
     Raises UsageError where sweep.json is not there or is none.
     """
     directory = Path(directory)
-    try:
-        result = json.loads((directory / SWEEP).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{directory / SWEEP} cannot be read: run `halfbyte sweep` again") from error
-    views = sweep_views(mapping(result))
-    page, plain = directory / "report.html", directory / "report.md"
-    write_text(page, html_environment().get_template("sweep.html.j2").render(views, style=style()))
-    write_text(plain, markdown_environment().get_template("sweep.md.j2").render(views))
-    return page, plain
+    result = read_result(directory / SWEEP)
+    if result is None:
+        raise UsageError(f"{directory / SWEEP} cannot be read: run `halfbyte sweep` again")
+    return write_page(sweep_page(with_benches(result, directory)), directory / "report.html", directory / "report.md")
 
 
-def sweep_views(result: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the templates print, as words."""
+def with_benches(result: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The sweep with results/NAME.bench*.json and results/NAME/bench*.json of each cell as its `bench`, unless it has
+    one."""
+    cells = []
+    for cell in map(mapping, listing(result.get("cells"))):
+        name = str(cell.get("name"))
+        if cell.get("bench") or not name.strip(".") or set(name) & set("/\\*?["):
+            cells.append(cell)
+            continue
+        files = [
+            path for way in (f"{name}.bench*.json", f"{name}/bench*.json") for path in (directory / "results").glob(way)
+        ]
+        found = [bench for bench in map(read_result, sorted(files)) if bench]
+        cells.append({**cell, "bench": found} if found else cell)
+    return {**result, "cells": cells}
+
+
+def sweep_page(result: dict[str, Any]) -> Page:
+    """Everything that the templates print."""
     cells = [mapping(cell) for cell in listing(result.get("cells"))]
     judged = [cell for cell in cells if cell.get("status") == "judged"]
     word, status = VERDICTS.get(str(result.get("verdict")), ("Not judged", "open"))
-    return {
-        "model": text(dig(result, "model", "name")),
-        "matrix": text(dig(result, "matrix", "name")),
-        "description": text(dig(result, "matrix", "description"), ""),
-        "verdict": {"word": word, "status": status, "text": _summary(result, cells, judged)},
-        "tiles": _tiles(result, judged),
-        "plot": pareto_plot([point for point in map(_point, judged) if point]),
-        "rows": [_row(cell) for cell in judged],
-        "failed": [
-            {key: text(cell.get(key)) for key in ("name", "status", "stage", "reason")}
-            for cell in cells
-            if cell.get("status") != "judged"
-        ],
-        "ranking": _ranking(result),
-        "notices": _notices(cells),
-        "seconds": [(label, seconds(dig(result, "seconds", key))) for key, label in STAGES.items()],
-        "cost": cost_words(result),
-        "spent": [_spent(cell) for cell in cells if mapping(cell.get("seconds"))],
-        "provenance": _provenance(result),
-    }
+    sections = (
+        _front(result, judged),
+        matrix(result, judged, [cell for cell in cells if cell.get("status") != "judged"]),
+        differences(judged),
+        _notices(cells),
+        _cost(result, cells),
+        Section("provenance", "Provenance", _provenance(result)),
+    )
+    return Page(
+        eyebrow="halfbyte sweep",
+        title=f"{text(dig(result, 'model', 'name'))}: matrix {text(dig(result, 'matrix', 'name'))}",
+        subtitle=text(dig(result, "matrix", "description"), ""),
+        verdict={"word": word, "status": status, "text": _summary(result, cells, judged)},
+        facts=_facts(result, judged),
+        tiles=_tiles(result, judged),
+        sections=[section for section in sections if section],
+        missing=_missing(result, judged),
+        footer="Made by halfbyte from sweep.json and the results beside it alone.",
+    )
+
+
+def _front(result: dict[str, Any], judged: list[dict[str, Any]]) -> Section | None:
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for cell in judged:
+        key = [cell.get("bytes"), kl_of(cell, "value"), cell.get("same_as") or cell.get("name")]
+        grouped.setdefault(str(key), []).append(cell)
+    made = []
+    for group in grouped.values():
+        first = group[0]
+        names = ", ".join(text(cell.get("name")) for cell in group)
+        kl, method = measure(dig(first, "eval", "metrics", "kl_mean")), str(dig(first, "recipe", "method"))
+        made.append(Candidate(names, method, kl, number(first.get("bytes")), cell_rates(first)))
+    return front_section(made, _base(judged), number(dig(result, "ranking", "noise_floor")), with_bytes=True)
+
+
+def _base(judged: list[dict[str, Any]]) -> Candidate | None:
+    """BF16, where a cell was benchmarked beside it; its bytes would squeeze the others into a corner."""
+    rates = next((found for cell in judged if (found := cell_rates(cell, "baseline"))), None)
+    return Candidate("BF16", "", (0.0, None, None), None, rates) if rates else None
+
+
+def _facts(result: dict[str, Any], judged: list[dict[str, Any]]) -> Pairs:
+    best = next((c for c in judged if c.get("name") == dig(result, "best", "cell")), {})
+    bound = binding_words(mapping(best.get("gates")))
+    return [("What bound the best", bound)] if bound else []
+
+
+def _missing(result: dict[str, Any], judged: list[dict[str, Any]]) -> list[Missing]:
+    if not judged or any(cell_rates(cell) for cell in judged):
+        return []
+    on = next((str(name) for name in listing(dig(result, "request", "platforms"))), "PLATFORM")
+    best = text(dig(result, "best", "cell"), "CELL")
+    return [
+        Missing(
+            "Tokens/s of the cells",
+            "Speed was not measured",
+            f"halfbyte bench cells/{best} --on {on} -o results/{best}",
+        )
+    ]
 
 
 def cost_words(result: dict[str, Any]) -> str:
@@ -118,7 +176,7 @@ def _tiles(result: dict[str, Any], judged: list[dict[str, Any]]) -> list[dict[st
     parts = f"{text(sharing.get('distinct_parts'))} of {text(sharing.get('parts'))}"
     return [
         {"label": "Best", "value": text(best.get("name")), "note": text(best.get("title"), "")},
-        {"label": "Its KL to BF16", "value": significant(_kl(best, "value"), 3), "note": "nats a token, mean"},
+        {"label": "Its KL to BF16", "value": significant(kl_of(best, "value"), 3), "note": "nats a token, mean"},
         {"label": "Its perplexity", "value": percent(None if ratio is None else ratio - 1, signed=True), "note": ""},
         {"label": "Its size", "value": size(best.get("bytes")), "note": f"BF16: {size(best.get('bytes_bf16'))}"},
         {"label": "Artifacts that differ", "value": made, "note": "the others have the same bytes"},
@@ -126,87 +184,41 @@ def _tiles(result: dict[str, Any], judged: list[dict[str, Any]]) -> list[dict[st
     ]
 
 
-def _kl(cell: dict[str, Any], key: str) -> float | None:
-    return number(dig(cell, "eval", "metrics", "kl_mean", key))
-
-
-def _point(cell: dict[str, Any]) -> dict[str, Any] | None:
-    kl, weight = _kl(cell, "value"), number(cell.get("bytes"))
-    if kl is None or weight is None:
-        return None
-    bounds = {"low": _kl(cell, "low") or kl, "high": _kl(cell, "high") or kl}
-    method = dig(cell, "recipe", "method")
-    named = {"name": text(cell.get("name")), "method": method, "pareto": bool(cell.get("pareto"))}
-    return {**named, "bytes": weight, "kl": kl, **bounds}
-
-
-def _row(cell: dict[str, Any]) -> dict[str, str]:
-    metrics = mapping(dig(cell, "eval", "metrics"))
-    ratio = number(dig(metrics, "ppl_ratio", "value"))
-    verdict = text(dig(cell, "gates", "verdict"))
-    speed = number(cell.get("tokens_per_second"))
-    same = cell.get("same_as")
-    return {
-        "rank": text(cell.get("rank")),
-        "name": text(cell.get("name")),
-        "note": f"same bytes as {same}" if same else "",
-        "method": text(dig(cell, "recipe", "method")).upper(),
-        "groups": "/".join(text(group) for group in listing(cell.get("groups"))),
-        "exempt": exemption_words(cell),
-        "bits": significant(cell.get("bits_per_linear_weight"), 3),
-        "bytes": size(cell.get("bytes")),
-        "kl": significant(_kl(cell, "value"), 3),
-        "interval": f"{significant(_kl(cell, 'low'), 3)} to {significant(_kl(cell, 'high'), 3)}",
-        "ppl": percent(None if ratio is None else ratio - 1, signed=True),
-        "top1": percent(dig(metrics, "top1", "value")),
-        "speed": "not measured" if speed is None else f"{speed:,.0f}",
-        "gates": verdict,
-        "class": VERDICTS.get(verdict, ("", "open"))[1],
-        "front": "yes" if cell.get("pareto") else "–",
-        "portable": "" if cell.get("portable") else "not portable",
-    }
-
-
-def exemption_words(cell: dict[str, Any]) -> str:
-    """What a cell keeps in BF16, in a few words."""
-    reasons = [str(mapping(row).get("reason") or "") for row in listing(cell.get("exemptions"))]
-    words = [SHORT.get(reason, reason.removeprefix("ignore: ")) for reason in reasons]
-    return ", ".join(dict.fromkeys(words)) or "–"
-
-
-def _ranking(result: dict[str, Any]) -> list[str]:
-    ranking, source = mapping(result.get("ranking")), mapping(result.get("text"))
-    by = {"kl": "KL divergence from BF16", "ppl": "perplexity against BF16"}.get(str(ranking.get("by")), "quality")
-    told = [f"Ranked by {by}, then by tokens/s where it was measured, then by bytes. Cells of one rank are equal."]
-    if ranking.get("method"):
-        floor = significant(ranking.get("noise_floor"), 2)
-        told.append(f"How two cells are told apart: {text(ranking.get('method'))} ({floor} nats).")
-    if number(source.get("tokens")) is not None:
-        of = text(source.get("source"))
-        told.append(f"All were judged on the same {number(source['tokens']):,.0f} tokens of {of}.")
-    return told
-
-
-def _notices(cells: list[dict[str, Any]]) -> list[str]:
+def _notices(cells: list[dict[str, Any]]) -> Section | None:
     told: dict[str, list[str]] = {}
     for cell in cells:
         for notice in listing(cell.get("notices")):
             told.setdefault(text(notice), []).append(text(cell.get("name")))
-    return [f"{', '.join(names)}: {notice}" for notice, names in told.items()]
+    lines = [f"{', '.join(names)}: {notice}" for notice, names in told.items()]
+    return Section("notices", "Notices", [Items(lines)]) if lines else None
 
 
-def _spent(cell: dict[str, Any]) -> dict[str, str]:
+def _cost(result: dict[str, Any], cells: list[dict[str, Any]]) -> Section:
+    words = cost_words(result)
+    rows = [_spent(cell) for cell in cells if mapping(cell.get("seconds"))]
+    blocks: list[Block] = [Words(words)] if words else []
+    blocks.append(Facts([(label, seconds(dig(result, "seconds", key))) for key, label in STAGES.items()]))
+    if rows:
+        columns = [left("Cell"), *(right(label) for label in ("Solving", "Spared by sharing", "Writing", "Evaluating"))]
+        blocks += [Heading("By cell"), table(columns, rows, stack=True)]
+    return Section("cost", "What it cost", blocks, "Cost")
+
+
+def _spent(cell: dict[str, Any]) -> list[str]:
     spent = mapping(cell.get("seconds"))
-    shown = {key: seconds(spent.get(key, 0.0)) for key in ("solving", "shared", "writing", "evaluating")}
-    return {"name": text(cell.get("name")), **shown}
-
-
-def _provenance(result: dict[str, Any]) -> list[tuple[str, str]]:
-    sets = [mapping(data) for data in listing(result.get("calibration"))]
     return [
+        text(cell.get("name")),
+        *(seconds(spent.get(key, 0.0)) for key in ("solving", "shared", "writing", "evaluating")),
+    ]
+
+
+def _provenance(result: dict[str, Any]) -> list[Block]:
+    sets = [mapping(data) for data in listing(result.get("calibration"))]
+    rows = [
         ("halfbyte", text(result.get("halfbyte"))),
-        ("Command", text(result.get("command"))),
         ("Model, SHA-256", text(dig(result, "model", "sha256"))),
         *(("Calibration tokens, SHA-256", f"{text(d.get('sha256'))} ({text(d.get('tokens'))} tokens)") for d in sets),
         ("Held-out tokens, SHA-256", text(dig(result, "text", "sha256"))),
     ]
+    line = command(result.get("command"))
+    return [*([Heading("Made with"), Code(line)] if line else []), Facts(rows)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 MISSING = "not measured"
+_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 LINE = 60
 """Characters of the longest command that stays on one line."""
 
@@ -113,3 +115,57 @@ def command(value: Any) -> str:
 def plural(count: int, word: str) -> str:
     """`1 linear`, `3 linears`."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def measure(data: Any) -> tuple[float | None, float | None, float | None]:
+    """Value, low and high of {"value", "low", "high"} or of a plain number; None for what is missing."""
+    if isinstance(data, dict):
+        return number(data.get("value")), number(data.get("low")), number(data.get("high"))
+    return number(data), None, None
+
+
+def between(data: Any, show: Callable[[Any], str]) -> str:
+    """The interval of a measure, as `0.1 to 0.2`."""
+    _, low, high = measure(data)
+    return "–" if low is None or high is None else f"{show(low)} to {show(high)}"
+
+
+def shown(data: Any, show: Callable[[Any], str]) -> str:
+    """The value of a measure; a dash where it is missing."""
+    value = measure(data)[0]
+    return "–" if value is None else show(value)
+
+
+def signed(value: Any) -> str:
+    """+12.9%, always with a sign: a change."""
+    return percent(value, signed=True)
+
+
+def change(ratio: Any) -> str:
+    """A ratio as a change: 1.129 as +12.9%."""
+    x = number(ratio)
+    return signed(None if x is None else x - 1)
+
+
+def percent_tick(value: float) -> str:
+    """A share on an axis, without idle zeros: 80%."""
+    return f"{100 * value:.6g}%"
+
+
+def points(value: Any) -> str:
+    """A difference of two shares, in percentage points: +1.25."""
+    x = number(value)
+    return "–" if x is None else f"{100 * x:+.2f}"
+
+
+def count(value: Any) -> str:
+    """A whole number: 12,345."""
+    x = number(value)
+    return "–" if x is None else f"{x:,.0f}"
+
+
+def visible(value: Any) -> str:
+    """Text as it is, with line ends, tabs, control characters and changes of writing direction made visible."""
+    if not isinstance(value, str):
+        return text(value)
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in value)

@@ -6,6 +6,7 @@ from halfbyte.serving.install import VllmInstall, find_vllm
 from halfbyte.serving.log import LogFacts, parse_log, root_error
 from halfbyte.serving.probe import perplexity, probe
 from halfbyte.serving.process import Server, run_in_place
+from halfbyte.serving.verify import standing, verify
 
 __all__ = [
     "Client",
@@ -21,4 +22,6 @@ __all__ = [
     "root_error",
     "run_in_place",
     "serve_command",
+    "standing",
+    "verify",
 ]

@@ -18,6 +18,14 @@ BATCH = 8
 _TRANSIENT_STATUS = (429, 500, 502, 503, 504)
 
 
+class Refused(HalfbyteError):
+    """The server answered, and said no; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Client:
     """A connection to one server at `url` ("http://127.0.0.1:8000"). Use it as a context manager, or close() it.
 
@@ -61,6 +69,13 @@ class Client:
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         return self._completions(prompt, max_tokens=max_tokens)[0]["text"]
 
+    def generate(self, prompt: str, max_tokens: int, **options: Any) -> dict[str, Any]:
+        """One completion as the API gives it: text, finish_reason, logprobs where `logprobs=1` asks for them.
+
+        options  what the API knows: temperature (0 unless said), top_p, seed, logprobs
+        """
+        return self._completions(prompt, max_tokens=max_tokens, **options)[0]
+
     def score(
         self, windows: Sequence[Sequence[int]], batch: int = BATCH, progress: Progress | None = None
     ) -> list[list[float | None]]:
@@ -100,7 +115,8 @@ class Client:
                 if answer.status_code == 200:
                     return answer.json()
                 if last or answer.status_code not in _TRANSIENT_STATUS:
-                    raise HalfbyteError(f"vLLM refused {path} ({answer.status_code}): {_reason(answer)}")
+                    status = answer.status_code
+                    raise Refused(f"vLLM refused {path} ({status}): {_reason(answer)}", status)
             time.sleep(RETRY_AFTER_S)
         raise AssertionError("unreachable")
 

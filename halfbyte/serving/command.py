@@ -17,6 +17,7 @@ from halfbyte.platforms.schema import Flags
 
 ASSUMED_CONCURRENCY = 64
 """What a kernel is chosen for where the user names no concurrency."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIB = 1024**3
 
 
@@ -30,10 +31,11 @@ class ServeCommand:
 
     def value(self, flag: str) -> str | None:
         """The last value given to a flag ("--port"), or None."""
-        found = None
-        for name, value in _pairs(self.argv[3:]):
-            found = value if name == flag else found
-        return found
+        return self.flags().get(flag)
+
+    def flags(self) -> Flags:
+        """Every flag with its last value."""
+        return dict(_pairs(self.argv[3:]))
 
     def run_by(self, executable: Path, *more: str) -> ServeCommand:
         """The same command run by that executable, with more words at its end."""
@@ -98,7 +100,18 @@ def serve_command(
     if platform.kv_space_env:
         env = {platform.kv_space_env: str(_kv_space_gib(config, length, sequences)), **env}
     words = [word for flag, value in ours.items() for word in ((flag,) if value is None else (flag, value))]
-    return ServeCommand(["vllm", "serve", str(directory), *words, *extra], env, notes)
+    command = ServeCommand(["vllm", "serve", str(directory), *words, *extra], env, notes)
+    return replace(command, notes=[*notes, *_open_to_others(command)])
+
+
+def _open_to_others(command: ServeCommand) -> list[str]:
+    """A warning where the server listens on more than this machine itself."""
+    host = command.value("--host") or "127.0.0.1"
+    if host in LOOPBACK or host.startswith("127."):
+        return []
+    guarded = command.value("--api-key") is not None
+    rest = "with its --api-key, unencrypted" if guarded else "without a password: add --api-key, or a firewall"
+    return [f"--host {host}: whoever reaches this machine can use the server, {rest}"]
 
 
 def declared_variant(directory: str | Path) -> str | None:
@@ -131,12 +144,13 @@ def _kernel(
     """Flags for the kernel that measured fastest at the nearest concurrency, and a sentence that says by how much."""
     if format_name is None or not platform.speed:
         return {}, ""
-    table = next((table for table in platform.speed if table.covers(version)), None)
-    if table is None:
+    tables = [table for table in platform.speed if table.covers(version)]
+    if not tables:
         return {}, f"no speed was measured on {platform.name} with vLLM {version}: bench before you rely on a gain"
-    rows = table.rows_for(format_name, variant)
-    if not rows:
+    table = next((table for table in tables if table.rows_for(format_name, variant)), None)
+    if table is None:
         return {}, f"no speed was measured for {format_name} on {platform.name}: bench before you rely on a gain"
+    rows = table.rows_for(format_name, variant)
     at = table.nearest(concurrency or ASSUMED_CONCURRENCY)
     best = min(rows, key=lambda row: row.seconds[at])
     return best.flags, _speed_note(table, rows, best, at)

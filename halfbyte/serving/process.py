@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -16,18 +16,21 @@ from typing import NoReturn
 import httpx
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import redacted
+from halfbyte.serving.child import Child
 from halfbyte.serving.command import ServeCommand
 from halfbyte.serving.install import VllmInstall
 from halfbyte.serving.log import STAGES, LogFacts, parse_log, read_log, root_error, stages_reached
 from halfbyte.types import Progress, Quiet
 
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
 START_TIMEOUT_S = 900.0
 GRACE_S = 10.0
 """How long vLLM has to end by itself when asked to."""
 HEADER = "# "
 """Before the command's lines at the head of a log."""
 _POLL_S = (0.05, 0.5)
+API_KEY = "VLLM_API_KEY"
+"""Would make a server that only this process talks to, over the loopback, ask for a password."""
 
 
 class Server:
@@ -60,8 +63,7 @@ class Server:
         self.env = {**command.env, **(env or {})}
         self.progress: Progress = progress or Quiet()
         self.load_seconds = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: int | None = None
+        self._child: Child | None = None
 
     @property
     def url(self) -> str:
@@ -75,11 +77,22 @@ class Server:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process that all of the server's processes are below; 0 before the start."""
+        return self._child.pid if self._child else 0
 
     def failure(self) -> HalfbyteError:
         """The error that says why vLLM ended, from its log."""
-        return HalfbyteError(f"vLLM failed: {root_error(self._said())} (log: {self.log_path})")
+        return HalfbyteError(f"vLLM failed: {self.reason()} (log: {self.log_path})")
+
+    def reason(self) -> str:
+        """The line of the log that tells why vLLM ended."""
+        said = root_error(self._said())
+        killed = self._child is not None and self._child.poll() == 128 + signal.SIGKILL
+        return f"killed by the system, as it does when memory runs out; last word: {said}" if killed else said
 
     def __enter__(self) -> Server:
         began = time.monotonic()
@@ -99,39 +112,17 @@ class Server:
 
     def stop(self) -> None:
         """End every process of the server; harmless when there is none."""
-        process, self._process = self._process, None
-        if self._pipe is not None:
-            os.close(self._pipe)
-            self._pipe = None
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(GRACE_S + 20.0)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop()
 
     def _start(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        read_end, self._pipe = os.pipe()
-        watch = [str(SUPERVISOR), str(read_end), str(os.getpid()), str(GRACE_S)]
-        supervised = [sys.executable, "-I", "-S", *watch, *self.command.argv]
-        try:
-            with self.log_path.open("wb") as log:
-                log.write(textwrap.indent(self.command.shell(), HEADER).encode() + b"\n")
-                log.flush()
-                self._process = subprocess.Popen(
-                    supervised,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **self.env},
-                    pass_fds=(read_end,),
-                    start_new_session=True,
-                )
-        finally:
-            os.close(read_end)
+        with self.log_path.open("wb") as log:
+            told = replace(self.command, argv=redacted(self.command.argv))
+            log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
+            log.flush()
+            self._child = Child(self.command.argv, self.env, log, GRACE_S, without=(API_KEY,))
 
     def _await_health(self, deadline: float) -> None:
         self.progress.start("starting vLLM", len(STAGES) + 1)

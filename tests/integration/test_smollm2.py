@@ -21,9 +21,13 @@ from halfbyte import Recipe, quantize
 from halfbyte.artifact import check_artifact
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows, compare_served, text_windows
+from halfbyte.evaluate.speed import MODEL, BenchRequest, Variant, measure
+from halfbyte.evaluate.speed_result import write_bench
+from halfbyte.evaluate.stability import Watch
 from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.plan import make_plan
+from halfbyte.platforms import load_platform
 from halfbyte.serving import find_vllm
 
 DATA = Path(os.environ.get("HALFBYTE_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -104,3 +108,32 @@ def test_real_vllm_computes_what_the_artifact_says(artifact: Path, windows: Wind
     assert served["passed"] and served["relative_difference"] <= 0.005, served["reason"]
     assert served["vllm"] == vllm.version and 5 < served["ppl_served"] < 60
     assert served["completion"].strip()
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("artifact", ["gptq"], indirect=True)
+def test_real_vllm_is_benched(artifact: Path, vllm: Any, tmp_path: Path) -> None:
+    """One server, a few requests: vLLM takes the load's words, its result and its log are read."""
+    watch = Watch(2, seconds=1.0, tokens=48, prompts=2)
+    variants = (Variant(MODEL, artifact),)
+    request = BenchRequest(
+        variants, load_platform("cpu"), (1, 2), input_tokens=32, output_tokens=16, requests=2, repeats=2, watch=watch
+    )
+    result, stable = write_bench(tmp_path, measure(request, tmp_path, vllm))
+    for point in result["points"]:
+        entry = point["model"]
+        assert entry["status"] == "ok", entry["reason"]
+        assert (entry["completed"], entry["failed"]) == (4, 0)
+        rate = entry["output_tokens_per_second"]
+        assert 0 < rate["low"] < rate["value"] < rate["high"]
+        assert rate["value"] == pytest.approx(16 * entry["requests_per_second"]["value"], rel=0.02)
+        assert entry["total_tokens_per_second"]["value"] == pytest.approx(3 * rate["value"], rel=0.1)
+        for name in ("ttft_ms", "itl_ms", "e2el_ms"):
+            assert 0 < entry[name]["p50"] <= entry[name]["p95"] <= entry[name]["p99"]
+        assert entry["ttft_ms"]["p50"] < entry["e2el_ms"]["p50"]
+    assert result["kernels"]["model"] == ["CPUWNA16LinearKernel"]
+    assert result["memory"]["model"]["kv_cache_tokens"] > request.context
+    assert result["memory"]["model"]["peak_device_bytes"] > 1 << 28
+    assert stable is not None and stable["generations"] == 4 and stable["empty"]["model"] == 0
+    assert stable["load"]["status"] == "ok" and stable["load"]["requests"] >= 2, stable["load"]
+    assert stable["ok"], stable["reasons"]

@@ -2,6 +2,13 @@
 
 What it does is set by the variable FAKE: ok | die | hang | flaky | mute | stubborn. Its child, in a session of its own,
 ignores SIGTERM in the modes stubborn and hang.
+
+`vllm bench serve` writes a result without sending the load: tokens a second are 100 for each request in flight, 1.7
+times that for a quantized model, half of it with --linear-backend slow, 1.25 times with quick, and a little more with
+every seed. It appends its
+words to `benched` in the model's directory. FAKE=oom: from 16 in flight on it ends the server with vLLM's words for no
+memory; refusing: a request fails; broken: it fails itself. Asked for logprobs, the server writes words that never
+repeat; looping: a quantized model says la la la; nan: it refuses, as vLLM does; brief: it ends with its first answer.
 """
 
 from __future__ import annotations
@@ -17,6 +24,49 @@ if sys.argv[1:] == ["--version"]:
     print("{version}")
     sys.exit()
 mode = os.environ.get("FAKE", "ok")
+
+
+def quantized(directory):
+    try:
+        return "quantization_config" in json.load(open(os.path.join(directory, "config.json")))
+    except FileNotFoundError:
+        return False
+
+
+def bench(words):
+    import urllib.request
+
+    given = dict(zip(words, words[1:]))
+    model, level = given["--model"], int(given["--max-concurrency"])
+    count, out = int(given["--num-prompts"]), int(given["--random-output-len"])
+    with open(os.path.join(model, "benched"), "a") as handle:
+        handle.write(json.dumps(given) + "\n")
+    if mode == "broken":
+        sys.exit("ValueError: no such dataset")
+    if mode == "oom" and level >= 16:
+        asked = json.dumps({{"model": model, "prompt": "crash"}}).encode()
+        try:
+            urllib.request.urlopen(given["--base-url"] + "/v1/completions", asked).read()
+        except OSError:
+            time.sleep(60)
+    served = open(os.path.join(model, "argv")).read()
+    rate = 100.0 * level * (1.7 if quantized(model) else 1) * (1 + 0.001 * (int(given["--seed"]) % 100))
+    rate *= 0.5 if "--linear-backend slow" in served else 1.25 if "--linear-backend quick" in served else 1
+    done = count - (mode == "refusing")
+    result = {{
+        "completed": done, "failed": count - done, "duration": count * out / rate, "output_throughput": rate,
+        "request_throughput": rate / out, "errors": ["", "boom\n at x"][: 1 + count - done],
+        "total_token_throughput": rate * (1 + int(given["--random-input-len"]) / out),
+    }}
+    for index, name in enumerate(("ttft", "itl", "e2el")):
+        result.update({{f"p{{p}}_{{name}}_ms": (index + 1) * p / level for p in (50, 95, 99)}})
+    place = os.path.join(given["--result-dir"], given["--result-filename"])
+    json.dump(result, open(place, "w"))
+
+
+if sys.argv[1] == "bench":
+    bench(sys.argv[3:])
+    sys.exit()
 directory, port = sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1])
 print("INFO 11-24 00:44:05 [model.py:733] Resolved architecture: Fake", flush=True)
 life = "import signal, time; signal.signal(signal.SIGTERM, signal.{{}}); time.sleep(600)"
@@ -24,6 +74,10 @@ life = life.format("SIG_IGN" if mode in ("stubborn", "hang") else "SIG_DFL")
 child = subprocess.Popen([sys.executable, "-IS", "-c", life], start_new_session=True)
 with open(os.path.join(directory, "pids"), "w") as handle:
     handle.write(f"{{os.getpid()}} {{child.pid}}")
+with open(os.path.join(directory, "argv"), "w") as handle:
+    handle.write(" ".join(sys.argv))
+with open(os.path.join(directory, "starts"), "a") as handle:
+    handle.write("start\n")
 if mode == "die":
     print("(Worker pid=9) ERROR 11-24 00:48:27 [x.py:1] ValueError: the weights are wrong", flush=True)
     print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
@@ -51,6 +105,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if mode == "brief":
+            self.say({{}})
+            print("RuntimeError: gone again", flush=True)
+            os._exit(3)
         self.say({{"data": [{{"id": directory}}]}})
 
     def do_POST(self):
@@ -72,6 +130,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         choices = []
         for index, ids in reversed(list(enumerate(prompts))):
             choice = {{"index": index, "text": " Paris"}}
+            if "logprobs" in asked:
+                if mode == "nan":
+                    return self.say({{"error": {{"message": "Out of range float values"}}}}, 500)
+                looping = mode == "looping" and quantized(directory)
+                tokens = [" la" if looping else f" {{i}}" for i in range(asked["max_tokens"])]
+                choice["text"] = "".join(tokens)
+                choice["logprobs"] = {{"tokens": tokens, "token_logprobs": [-1.0] * len(tokens)}}
             if "prompt_logprobs" in asked and mode != "mute":
                 choice["prompt_logprobs"] = [None] + [{{str(i): {{"logprob": -i / 100}}}} for i in ids[1:]]
             choices.append(choice)

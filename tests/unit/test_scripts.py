@@ -26,13 +26,13 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def run(checkout: Path, script: str, *words: str) -> tuple[int, list[str], list[str]]:
+def run(checkout: Path, script: str, *words: str, **more: str) -> tuple[int, list[str], list[str]]:
     """Exit status, the lines said, what the stand-in was called with."""
     python, calls = checkout.parent / "python", checkout.parent / "calls"
     python.write_text(PYTHON)
     python.chmod(0o755)
     calls.write_text("")
-    env = {**os.environ, "PYTHON": str(python), "CALLS": str(calls)}
+    env = {**os.environ, "PYTHON": str(python), "CALLS": str(calls), **more}
     done = subprocess.run([str(checkout / script), *words], env=env, capture_output=True, text=True)
     said = [" ".join(line.split()) for line in (done.stdout + done.stderr).splitlines()]
     return done.returncode, said, calls.read_text().splitlines()
@@ -50,6 +50,29 @@ def test_setup_tells_each_step_and_the_next_command(checkout: Path) -> None:
     status, said, calls = run(checkout, "scripts/setup")
     assert status == 0 and len(said) == 1 and "ready" in said[0]
     assert not any("pip" in line for line in calls), "it is set up already"
+
+
+@pytest.mark.parametrize(
+    ("user", "works", "says"),
+    [("0", True, ""), ("0", False, "could not be installed"), ("1000", True, "no apt-get for root")],
+)
+def test_setup_for_developers_brings_a_browser_where_it_can(checkout: Path, user: str, works: bool, says: str) -> None:
+    """Chromium is fetched by root's apt-get; where that cannot be, one line says so and setup goes on."""
+    tools = checkout.parent / "bin"
+    tools.mkdir()
+    for tool in ("bash", "sh", "env", "dirname", "cat", "cksum", "mkdir", "cp"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    for name, does in (("id", f"echo {user}"), ("apt-get", f'echo "apt-get $*" >> "$CALLS"; exit {int(not works)}')):
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    status, said, calls = run(checkout, "scripts/setup", "--dev", PATH=str(tools), HALFBYTE_CHROMIUM="")
+    assert status == 0 and "ready" in said[-1]
+    fetched = [call for call in calls if call.startswith("apt-get install")]
+    assert bool(fetched) == (user == "0" and works) and all("chromium" in call for call in fetched)
+    told = [line for line in said if "pictures are not tested" in line]
+    assert len(told) == bool(says) and all(says in line for line in told)
+    _, said, calls = run(checkout, "scripts/setup", "--dev", PATH=str(tools), HALFBYTE_CHROMIUM="/opt/browser")
+    assert len(said) == 1 and not any("apt-get" in call for call in calls), "there is one already"
 
 
 def test_setup_refuses_what_it_does_not_know(checkout: Path) -> None:

@@ -1,0 +1,207 @@
+"""bench, tune."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.cli.console import Format, emit, progress
+from halfbyte.cli.make import Force, Levels, Style, _levels
+from halfbyte.cli.prove import Artifact
+from halfbyte.errors import UsageError
+
+Where = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="This machine: h100, mi325x, cpu.")]
+Vllm = Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")]
+Into = Annotated[
+    Path | None,
+    typer.Option("--into", "-o", metavar="DIR", help="Where results go; none: beside the artifact."),
+]
+Input = Annotated[int, typer.Option("--input", metavar="N", min=1, help="Tokens of a prompt.")]
+Answer = Annotated[int, typer.Option("--output", metavar="N", min=1, help="Tokens of an answer.")]
+Requests = Annotated[
+    int | None,
+    typer.Option("--requests", metavar="N", min=1, help="Requests of a run; none: 4 a sequence at once, at least 8."),
+]
+Repeats = Annotated[
+    int, typer.Option("--repeats", metavar="N", min=2, help="Runs of everything, each with prompts of its own.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=4000, help="Seed of the prompts.")]
+LONG_PROMPT = 2048
+
+
+def bench(
+    context: typer.Context,
+    directory: Artifact,
+    on: Where,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The BF16 model; the one it was made of, unless named.")
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure DIR only, not the BF16 model beside it.")] = False,
+    concurrency: Levels = "1,16,64",
+    input_tokens: Input = 128,
+    output_tokens: Answer = 128,
+    requests: Requests = None,
+    repeats: Repeats = 3,
+    turns: Annotated[
+        int, typer.Option("--turns", metavar="N", min=1, help="Starts of each server, in turn; repeats are spread.")
+    ] = 1,
+    prefill: Annotated[
+        int | None,
+        typer.Option("--prefill", metavar="N", min=0, help="Tokens of the long prompts; 0: none. None: up to 2048."),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config", metavar="CONFIG", help="Another way to serve DIR: 'NAME: --linear-backend marlin'. Repeatable."
+        ),
+    ] = None,
+    stability: Annotated[
+        float | None,
+        typer.Option(
+            "--stability", metavar="SECONDS", min=0, help="Long answers too, then load for so long (0: no load)."
+        ),
+    ] = None,
+    long: Annotated[
+        int, typer.Option("--long", metavar="N", min=2, help="Tokens of the long answers of --stability.")
+    ] = 512,
+    evidence: Annotated[
+        Path | None,
+        typer.Option("--evidence", metavar="FILE", dir_okay=False, help="Write what plan and serve read as evidence."),
+    ] = None,
+    seed: Seed = 0,
+    vllm: Vllm = None,
+    into: Into = None,
+    force: Force = False,
+    style: Style = Format.human,
+) -> None:
+    """Tokens/s, latencies, memory at each concurrency in real vLLM, 4-bit against BF16. After --: words for vLLM."""
+    from halfbyte.cli.bench_words import bench_words
+    from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
+    from halfbyte.evaluate.speed_evidence import write_evidence
+    from halfbyte.evaluate.speed_result import write_bench
+    from halfbyte.evaluate.stability import Watch
+    from halfbyte.platforms import load_platform
+    from halfbyte.serving import find_vllm
+
+    levels = _levels(concurrency) or []
+    configs = [_config(text) for text in config or []]
+    platform, output = load_platform(on), into or beside(directory)
+    install = find_vllm(vllm)
+    with progress() as shown:
+        reference = None if alone else _baseline(directory, baseline, shown)
+        first = [Variant(BASELINE, reference)] if reference else []
+        variants = (*first, Variant(MODEL, directory), *(Variant(name, directory, words) for name, words in configs))
+        request = BenchRequest(
+            variants,
+            platform,
+            tuple(levels),
+            input_tokens,
+            output_tokens,
+            requests,
+            repeats,
+            turns,
+            _prefill(prefill, variants),
+            seed,
+            tuple(context.args),
+            None if stability is None else Watch(max(levels), stability, long, seed=seed),
+        )
+        found = measure(request, output, install, force=force, progress=shown)
+        result, stable = write_bench(output, found)
+        left_out = write_evidence(evidence, found, result) if evidence else []
+    value: dict[str, Any] = {**result, "stability": stable}
+    emit(value, style, bench_words(output, value, evidence, left_out))
+    if stable is not None and not stable["ok"]:
+        raise typer.Exit(3)
+    if not any(entry["status"] == "ok" for point in result["points"] for entry in _entries(point)):
+        raise typer.Exit(1)
+
+
+def tune(
+    context: typer.Context,
+    directory: Artifact,
+    on: Where,
+    concurrency: Annotated[int, typer.Option("--concurrency", metavar="N", min=1, help="Sequences served at once.")],
+    input_tokens: Input = 128,
+    output_tokens: Answer = 128,
+    requests: Requests = None,
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    vllm: Vllm = None,
+    into: Into = None,
+    force: Force = False,
+    style: Style = Format.human,
+) -> None:
+    """The fastest vLLM command for this artifact on this machine: the flags that matter, measured one by one."""
+    from halfbyte.cli.bench_words import tune_words
+    from halfbyte.evaluate.speed import BenchRequest
+    from halfbyte.evaluate.speed_tune import tune as do
+    from halfbyte.models import Checkpoint
+    from halfbyte.platforms import load_platform
+    from halfbyte.serving import find_vllm
+
+    Checkpoint(directory)
+    output = into or beside(directory)
+    request = BenchRequest(
+        (),
+        load_platform(on),
+        (concurrency,),
+        input_tokens,
+        output_tokens,
+        requests,
+        repeats,
+        1,
+        0,
+        seed,
+        tuple(context.args),
+    )
+    with progress() as shown:
+        result = do(request, directory, output, find_vllm(vllm), force=force, progress=shown)
+    emit(result, style, tune_words(directory, output, result))
+
+
+def beside(directory: Path) -> Path:
+    """Where the results of an artifact go: its run's directory, or one beside it."""
+    there = directory.resolve()
+    return there.parent if (there.parent / "run.json").is_file() else there.with_name(f"{there.name}-bench")
+
+
+def _baseline(directory: Path, named: str | None, shown: Any) -> Path | None:
+    """The BF16 model's directory; None where DIR is one itself and no other was named."""
+    from halfbyte.evaluate.served import format_of
+    from halfbyte.experiments.run import artifact_baseline
+    from halfbyte.models import resolve_model
+
+    if named is None and format_of(directory) is None:
+        return None
+    return resolve_model(named or artifact_baseline(directory), shown)
+
+
+def _prefill(asked: int | None, variants: Any) -> int:
+    """Tokens of the long prompts: as asked for, or 2048 where the model takes so many, else what it takes."""
+    from halfbyte.evaluate.speed import ROOM
+    from halfbyte.models.checkpoint import read_json
+
+    if asked is not None:
+        return asked
+    limits = [read_json(v.directory / "config.json").get("max_position_embeddings") for v in variants]
+    return max(0, min([LONG_PROMPT, *(limit - ROOM - 1 for limit in limits if limit)]))
+
+
+def _config(text: str) -> tuple[str, tuple[str, ...]]:
+    """("NAME", words for vLLM) of "NAME: --flag value". Raises UsageError."""
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if not colon or not re.fullmatch(r"[\w.+=-]+", name) or name in ("baseline", "model") or not rest.strip():
+        raise UsageError(
+            f"--config {text!r}: write a name of letters and digits (not baseline or model), a colon and flags: "
+            "'marlin: --linear-backend marlin'"
+        )
+    return name, tuple(shlex.split(rest))
+
+
+def _entries(point: dict[str, Any]) -> list[dict[str, Any]]:
+    return [point[side] for side in ("baseline", "model") if side in point] + list(point.get("configs", {}).values())

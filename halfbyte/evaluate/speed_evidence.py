@@ -1,0 +1,146 @@
+"""What a bench measured as an evidence file, which `plan` and `serve` read (halfbyte.platforms.speed.SpeedTable)."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte.artifact.manifest import read_manifest
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.served import format_of
+from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
+from halfbyte.evaluate.speed_result import GIB, summary
+from halfbyte.files import make_directory, write_json
+from halfbyte.models import Checkpoint
+from halfbyte.platforms import Platform, SpeedTable
+from halfbyte.serving import ServeCommand, declared_variant
+from halfbyte.serving.bench import NO_REUSE, OK
+
+
+def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the table, what was left out of it and why).
+
+    A level is taken where BF16 and every configuration that ran at all were measured; `seconds` are those that
+    `concurrency` sequences take at the measured rate. Raises HalfbyteError where there is nothing to compare.
+    """
+    request = found.request
+    named = {variant.name: variant for variant in request.variants}
+    if BASELINE not in named or MODEL not in named or format_of(named[MODEL].directory) is None:
+        raise HalfbyteError("evidence compares a 4-bit artifact with BF16: bench with --baseline MODEL")
+    rates = {v.name: _rates(found, v.name) for v in request.variants}
+    left_out = [f"{name}: no point was measured" for name, rate in rates.items() if not rate]
+    ran = {name: rate for name, rate in rates.items() if rate}
+    levels = [level for level in request.concurrency if all(level in rate for rate in ran.values())]
+    left_out += [f"concurrency {n}: not measured for all" for n in request.concurrency if n not in levels]
+    if BASELINE not in ran or len(ran) < 2 or not levels:
+        raise HalfbyteError("no evidence: BF16 and 4 bits were not both measured at any concurrency (see bench.json)")
+    variants = [variant for variant in request.variants if variant.name in ran]
+    base = next(variant for variant in variants if variant.name == BASELINE)
+    table: dict[str, Any] = {
+        "schema": 1,
+        "kind": "speed",
+        "measured": True,
+        "device": request.platform.name,
+        "hardware": found.hardware,
+        "vllm": found.install.version,
+        "date": datetime.date.today().isoformat(),
+        "model": _model(base, str(result["baseline"])),
+        "dtype": found.commands[BASELINE].value("--dtype") or "bfloat16",
+        "tensor_parallel": int(found.commands[BASELINE].value("--tensor-parallel-size") or 1),
+        "prompt_tokens": request.input_tokens,
+        "output_tokens": request.output_tokens,
+        "note": f"vllm bench serve, median of {request.repeats}",
+        "rows": [_row(found, result, variant, levels, ran[variant.name]) for variant in variants],
+    }
+    if request.prefill:
+        table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
+    SpeedTable.model_validate(table)
+    return table, left_out
+
+
+def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
+    """Write the evidence file (JSON); returns what was left out of it."""
+    table, left_out = evidence(found, result)
+    make_directory(path.parent)
+    write_json(path, table)
+    return left_out
+
+
+def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
+    """The flags by which a command differs from what vLLM would do by itself: what makes it take that kernel."""
+    ours, theirs = command.flags(), plain.flags()
+    return {flag: value for flag, value in ours.items() if theirs.get(flag, "") != value and flag not in NO_REUSE}
+
+
+def plain_command(found: Measured) -> ServeCommand:
+    """The model's command without any evidence: what vLLM does by itself."""
+    model = next(variant for variant in found.request.variants if variant.name == MODEL)
+    platform = found.request.platform.model_copy(update={"speed": ()})
+    return command_for(replace(found.request, platform=platform), model, found.install)
+
+
+def _rates(found: Measured, variant: str) -> dict[int, float]:
+    """Output tokens a second by concurrency, where measured."""
+    rates = {}
+    for level in found.request.concurrency:
+        point = summary(found.runs(variant, f"c{level}"), found.request.repeats)
+        if point["status"] == OK:
+            rates[level] = point["output_tokens_per_second"]["value"]
+    return rates
+
+
+def _row(
+    found: Measured, result: Mapping[str, Any], variant: Variant, levels: list[int], rates: Mapping[int, float]
+) -> dict[str, Any]:
+    request, name = found.request, variant.name
+    bf16 = name == BASELINE
+    declared = declared_variant(variant.directory)
+    form = "bf16" if bf16 else format_of(variant.directory) or "bf16"
+    kernel = "BF16" if bf16 else kernel_name(request.platform, form, declared, result["kernels"][name])
+    manifest = {} if bf16 else _manifest(variant.directory)
+    row: dict[str, Any] = {
+        "kernel": kernel if name in (BASELINE, MODEL) else f"{kernel} ({name})",
+        "method": "bf16" if bf16 else str(manifest.get("recipe", {}).get("method", "")),
+        "format": form,
+        "variants": [declared] if declared else [],
+        "group_size": None if bf16 else manifest.get("recipe", {}).get("group_size"),
+        "flags": {} if bf16 else extra_flags(found.commands[name], plain_command(found)),
+        "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
+        "seconds": {str(level): level * request.output_tokens / rates[level] for level in levels},
+    }
+    whole = summary(found.runs(name, PREFILL), request.repeats) if request.prefill else None
+    if whole and whole["status"] == OK:
+        row["prefill"] = request.points[PREFILL].requests / whole["requests_per_second"]["value"]
+    return row
+
+
+def kernel_name(platform: Platform, form: str, declared: str | None, logged: list[str]) -> str:
+    """The kernel that vLLM's log names, in the platform's own word for it where it has one."""
+    known = [kernel.name for kernel in platform.support(form, declared).kernels]
+    for name in known:
+        if any(name.replace(" ", "").casefold() in word.casefold() for word in logged):
+            return name
+    return logged[0] if logged else "vLLM's own choice"
+
+
+def _model(base: Variant, name: str) -> dict[str, Any]:
+    checkpoint = Checkpoint(base.directory)
+    config = checkpoint.config
+    sizes = {"hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "vocab_size": "vocab_size"}
+    sizes["blocks"] = "num_hidden_layers"
+    return {
+        "name": name,
+        "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        **{ours: config.get(theirs) for ours, theirs in sizes.items()},
+    }
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(directory)
+    except HalfbyteError:
+        return {}

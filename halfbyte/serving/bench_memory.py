@@ -1,0 +1,96 @@
+"""The most memory that a server held while it was measured: on GPUs as NVML tells, else of its processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+INTERVAL_S = 0.5
+
+
+class PeakMemory:
+    """`with PeakMemory(read) as memory:` calls `read()` (bytes, or None) in a thread; `memory.peak` is the largest.
+
+    None until something was read.
+    """
+
+    def __init__(self, read: Callable[[], int | None], interval: float = INTERVAL_S) -> None:
+        self._read, self._interval = read, interval
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.peak: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            now = self._read()
+            if now is not None:
+                self.peak = max(self.peak or 0, now)
+            if self._over.wait(self._interval):
+                return
+
+
+def reader(accelerator: bool, pid: int) -> Callable[[], int | None]:
+    """What to read: memory in use on all devices, or the resident memory of `pid` and all below it.
+
+    Where NVML is not there (no NVIDIA GPU, or nvidia-ml-py is not installed) a GPU's memory is not known: None.
+    """
+    if not accelerator:
+        return lambda: tree_bytes(pid)
+    nvml = _nvml()
+    if nvml is None:
+        return lambda: None
+    return lambda: device_bytes(nvml)
+
+
+def tree_bytes(pid: int) -> int | None:
+    """Resident bytes of a process and all below it; None where it is gone."""
+    total = None
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.Error):
+                total = (total or 0) + process.memory_info().rss
+    return total
+
+
+def device_bytes(nvml: Any) -> int:
+    """Bytes in use on all devices together."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+
+
+def device_name() -> str | None:
+    """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"); None where NVML is not there."""
+    nvml = _nvml()
+    if nvml is None or not (count := nvml.nvmlDeviceGetCount()):
+        return None
+    name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+    name = name.decode() if isinstance(name, bytes) else str(name)
+    return name if count == 1 else f"{count} x {name}"
+
+
+def _nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

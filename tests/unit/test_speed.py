@@ -1,0 +1,392 @@
+"""bench and tune: intervals that hold, runs that resume, failures that are results, evidence that serves."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
+from halfbyte.evaluate.speed_evidence import kernel_name, write_evidence
+from halfbyte.evaluate.speed_result import bench_result, sentences, stability_result, write_bench
+from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
+from halfbyte.evaluate.speed_tune import tune
+from halfbyte.evaluate.stability import Watch
+from halfbyte.platforms import load_platform
+from halfbyte.serving import find_vllm, serve_command
+from halfbyte.serving.bench import ended
+from halfbyte.serving.bench_memory import PeakMemory, device_bytes, tree_bytes
+from tests.tiny import make_tiny
+from tests.unit.artifacts import edit_json
+from tests.unit.fake_vllm import make_fake
+
+CPU = load_platform("cpu")
+SLOW = ("--linear-backend", "slow")
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return find_vllm(str(make_fake(tmp_path_factory.mktemp("fake") / "env")))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A BF16 model, and one whose config says gptq."""
+    base = make_tiny("llama", tmp_path_factory.mktemp("speed") / "base")
+    made = Path(shutil.copytree(base, base.with_name("made")))
+    edit_json(made / "config.json", lambda tree: tree.update(quantization_config={"quant_method": "gptq", "bits": 4}))
+    return base, made
+
+
+def asked(models: tuple[Path, Path], *levels: int, **changes: Any) -> BenchRequest:
+    variants = (Variant(BASELINE, models[0]), Variant(MODEL, models[1]))
+    given = {"requests": 4, "repeats": 2, "input_tokens": 8, "output_tokens": 4, **changes}
+    return BenchRequest(variants, CPU, levels, **given)
+
+
+def alone(request: BenchRequest) -> BenchRequest:
+    return replace(request, variants=request.variants[1:])
+
+
+def starts(directory: Path) -> int:
+    return len((directory / "starts").read_text().splitlines())
+
+
+def benched(directory: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (directory / "benched").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(install: Any, models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A bench of everything: two levels, long prompts, another configuration, stability; and where it lies."""
+    watch = Watch(2, seconds=0.1, tokens=40, prompts=2)
+    request = asked(models, 1, 4, prefill=16, watch=watch)
+    request = replace(request, variants=(*request.variants, Variant("slow", models[1], SLOW)))
+    out = tmp_path_factory.mktemp("out")
+    return measure(request, out, install), out
+
+
+def test_every_point_is_measured_against_bf16(whole: Any) -> None:
+    found, out = whole
+    result, stable = write_bench(out, found)
+    assert json.loads((out / "bench.json").read_text()) == result and result["kind"] == "bench"
+    assert [point["concurrency"] for point in result["points"]] == [1, 4]
+    for point in result["points"]:
+        level = point["concurrency"]
+        base, model = point["baseline"], point["model"]
+        assert base["status"] == model["status"] == "ok" and (model["completed"], model["failed"]) == (8, 0)
+        assert base["output_tokens_per_second"]["value"] == pytest.approx(100 * level, rel=0.01)
+        assert point["speedup"]["value"] == pytest.approx(1.7)
+        assert point["speedup"]["low"] < 1.7 < point["speedup"]["high"]
+        assert point["configs"]["slow"]["speedup"]["value"] == pytest.approx(0.85)
+        assert point["configs"]["slow"]["against_model"]["value"] == pytest.approx(0.5)
+        assert model["ttft_ms"] == {"p50": 50 / level, "p95": 95 / level, "p99": round(99 / level, 3)}
+    assert result["prefill"]["prompts"] == 4 and result["prefill"]["model"]["itl_ms"]["p50"] is None
+    assert result["memory"]["model"]["kv_cache_tokens"] == 1024 and result["memory"]["model"]["peak_device_bytes"] > 1e6
+    assert result["memory"]["model"]["weight_bytes"] == (1 << 30) // 4
+    assert result["text"][0] == "+60 % tokens/s over BF16 holds at concurrency 1, 4"
+    assert "4-bit is fastest: 2.00x the speed of slow" in result["text"][1]
+    assert "/" not in result["commands"]["model"] and "--no-enable-prefix-caching" in result["commands"]["model"]
+    assert stable is not None and stable["ok"] and stable["generations"] == 4
+    assert stable["repetition"] == {"baseline": 0.0, "model": 0.0} and stable["length_ratio"]["value"] == 1.0
+    assert stable["load"]["status"] == "ok" and stable["load"]["requests"] >= 2
+
+
+def test_both_models_get_the_same_prompts_and_no_prompt_twice(whole: Any, models: tuple[Path, Path]) -> None:
+    ours, theirs = benched(models[1])[:6], benched(models[0])[:6]
+    what = (
+        "--seed",
+        "--max-concurrency",
+        "--num-prompts",
+        "--random-input-len",
+        "--random-output-len",
+        "--num-warmups",
+    )
+    assert [[run[key] for key in what] for run in ours] == [[run[key] for key in what] for run in theirs]
+    assert len({run["--seed"] for run in ours}) == 6
+    assert [run["--num-warmups"] for run in ours] == ["1", "0", "4", "0", "4", "0"]
+    assert all(run["--metric-percentiles"] == "50,95,99" for run in ours)
+
+
+def test_a_bench_goes_on_where_it_was(whole: Any, install: Any, models: tuple[Path, Path]) -> None:
+    found, out = whole
+    before = starts(models[0]), starts(models[1]), len(benched(models[1]))
+    assert bench_result(measure(found.request, out, install)) | {"seconds": 0} == bench_result(found) | {"seconds": 0}
+    assert (starts(models[0]), starts(models[1]), len(benched(models[1]))) == before
+    (out / "bench" / "model" / "c4-r1.json").unlink()
+    edit_json(out / "bench" / "model" / "c1-r0.json", lambda tree: tree.update(status="crashed"))
+    again = bench_result(measure(found.request, out, install))
+    assert again["points"] == bench_result(found)["points"]
+    assert (starts(models[0]), starts(models[1])) == (before[0], before[1] + 1)
+    assert [run["--seed"] for run in benched(models[1])[before[2] :]] == ["100", "401"]
+    assert [run["--num-warmups"] for run in benched(models[1])[before[2] :]] == ["1", "4"], "a new server is cold"
+
+
+def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    found, _ = whole
+    file = tmp_path / "own" / "speed.json"
+    assert write_evidence(file, found, bench_result(found)) == []
+    platform = load_platform("cpu", [file])
+    (table,) = platform.speed
+    assert table.model.parameters > 1000 and table.covers("0.32.5") and table.prefill.prompts == 4
+    rows = {row.kernel: row for row in table.rows}
+    slow = rows["FakeLinearKernel (slow)"]
+    assert slow.flags == {"--linear-backend": "slow"} and rows["FakeLinearKernel"].flags == {}
+    assert table.speedup(slow, 4) == pytest.approx(0.85, rel=1e-3)
+    assert rows["BF16"].seconds[4] == pytest.approx(4 * 4 / 400, rel=0.01)
+    line = serve_command(models[1], "gptq", platform, vllm_version="0.32.0", concurrency=4)
+    assert "--linear-backend" not in line.argv
+    assert any("1.70x the speed of BF16 at concurrency 4" in n and "2.00x that of" in n for n in line.notes)
+    edit_json(
+        file, lambda tree: [row["seconds"].update({"4": 0.001}) for row in tree["rows"] if "slow" in row["kernel"]]
+    )
+    line = serve_command(models[1], "gptq", load_platform("cpu", [file]), vllm_version="0.32.0", concurrency=4)
+    assert line.value("--linear-backend") == "slow"
+    with pytest.raises(HalfbyteError, match="bench with --baseline"):
+        write_evidence(file, replace_request(found, alone(found.request)), {})
+
+
+def replace_request(found: Any, request: BenchRequest) -> Any:
+    return replace(found, request=request)
+
+
+def test_running_out_of_memory_is_a_result(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE", "oom")
+    result = bench_result(measure(alone(asked(models, 1, 16, prefill=4)), tmp_path, install))
+    one, many = result["points"]
+    assert one["model"]["status"] == "ok" and result["prefill"]["model"]["status"] == "ok", "it was started again"
+    assert many["model"]["status"] == "out of memory" and "OutOfMemoryError" in many["model"]["reason"]
+    assert many["model"]["output_tokens_per_second"] is None and many["speedup"] is None
+    assert any("concurrency 16, 4-bit: out of memory" in text for text in result["text"])
+
+
+def test_a_server_that_does_not_start_is_a_result(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE", "die")
+    before = starts(models[1])
+    request = alone(asked(models, 1, 4, watch=Watch(1, tokens=8)))
+    found = measure(request, tmp_path, install)
+    assert starts(models[1]) == before + 1
+    for point in bench_result(found)["points"]:
+        assert point["model"]["status"] == "crashed"
+        assert point["model"]["reason"].startswith("ValueError: the weights are wrong")
+    stable = stability_result(found)
+    assert stable and not stable["ok"] and "no answer could be had: ValueError" in stable["reasons"][0]
+
+
+def test_a_server_that_ends_at_once_is_not_started_for_ever(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE", "brief")
+    monkeypatch.setattr("halfbyte.serving.client.RETRY_AFTER_S", 0.01)
+    before = starts(models[1])
+    result = bench_result(measure(alone(asked(models, 1, 4)), tmp_path, install))
+    assert starts(models[1]) == before + 2, "once for each point"
+    for point in result["points"]:
+        assert (point["model"]["status"], point["model"]["reason"]) == ("crashed", "RuntimeError: gone again")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("refusing", "1 of 4 requests failed: boom at x"),
+        ("broken", "vllm bench serve failed: ValueError: no such dataset"),
+    ],
+)
+def test_failures_are_results(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, mode: str, reason: str
+) -> None:
+    monkeypatch.setenv("FAKE", mode)
+    entry = bench_result(measure(alone(asked(models, 1)), tmp_path, install))["points"][0]["model"]
+    assert (entry["status"], entry["reason"]) == ("failed", reason)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("looping", "100.0% of the answers run into a loop"), ("nan", "no numbers")]
+)
+def test_what_is_not_stable_is_told(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, mode: str, reason: str
+) -> None:
+    monkeypatch.setenv("FAKE", mode)
+    monkeypatch.setattr("halfbyte.serving.client.RETRY_AFTER_S", 0.01)
+    request = asked(models, 1, watch=Watch(4, tokens=40, prompts=3))
+    request = request if mode == "looping" else alone(request)
+    stable = stability_result(measure(request, tmp_path, install))
+    assert stable and not stable["ok"] and any(reason in text for text in stable["reasons"])
+    assert len(stable["bad"]) == 6
+
+
+def test_turns_start_every_server_again(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    before = starts(models[0]), starts(models[1])
+    found = measure(asked(models, 1, turns=2), tmp_path, install)
+    assert (starts(models[0]), starts(models[1])) == (before[0] + 2, before[1] + 2)
+    assert [len(found.runs(name, "c1")) for name in (BASELINE, MODEL)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"repeats": 1}, "two or more"),
+        ({"turns": 3}, "3 turns want as many repeats"),
+        ({"output_tokens": 9999}, "the model takes"),
+        ({"extra": ("--dtype", "bf16")}, "write --dtype bfloat16"),
+    ],
+)
+def test_what_cannot_be_asked(
+    install: Any, models: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        measure(asked(models, 1, **changes), tmp_path / "out", install)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    knobs = [
+        {"flag": "--linear-backend", "values": ["slow", "quick"], "formats": ["gptq"]},
+        {"flag": "--linear-backend", "values": ["none"], "formats": ["awq"]},
+    ]
+    evidence = CPU.hardware.model_dump(mode="json")
+    known = type(CPU).model_validate(
+        CPU.model_dump(mode="json") | {"tune": [{**knob, "evidence": evidence} for knob in knobs]}
+    )
+    request = replace(asked(models, 2), platform=known, extra=())
+    result = tune(request, models[1], tmp_path, install)
+    (knob,) = result["knobs"]
+    assert [row["value"] for row in knob["tried"]] == [None, "slow", "quick"] and knob["kept"] == "quick"
+    assert [row["against"] and round(row["against"]["value"], 6) for row in knob["tried"]] == [None, 0.5, 1.25]
+    assert result["words"] == ["--linear-backend", "quick"] and result["gain"]["value"] == pytest.approx(1.25)
+    assert "--linear-backend quick is 1.25x as fast as what vLLM does by itself" in result["text"]
+    assert "--linear-backend quick" in result["command"] and "--no-enable-prefix-caching" not in result["command"]
+    changing = [{**knobs[0], "values": ["slow", "quick"], "changes": "what is said", "evidence": evidence}]
+    careful = replace(request, platform=type(CPU).model_validate(CPU.model_dump(mode="json") | {"tune": changing}))
+    wary = tune(careful, models[1], tmp_path, install)
+    assert wary["knobs"][0]["tried"] == knob["tried"] and wary["knobs"][0]["kept"] is None and wary["words"] == []
+    assert "no flag is surely faster" in wary["text"]
+    result = tune(request, models[1], tmp_path, install)
+    assert json.loads((tmp_path / "tune.json").read_text()) == result
+    with pytest.raises(HalfbyteError, match="no flag is known to matter"):
+        tune(replace(request, extra=SLOW), models[1], tmp_path, install)
+
+
+def test_the_interval_of_a_median_holds_for_few_repeats() -> None:
+    """Simulated: lognormal figures whose true median is known. 95 in 100 intervals hold it, and not all of them."""
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5):
+        draws = np.exp(0.1 * rng.standard_normal((600, 2, n)))
+        held = [(m := median_interval(list(a)))["low"] <= 1 <= m["high"] for a, _ in draws]
+        ratios = [(m := ratio_interval(list(1.6 * a), list(b)))["low"] <= 1.6 <= m["high"] for a, b in draws]
+        assert 0.93 <= np.mean(held) <= 0.995, n
+        assert 0.93 <= np.mean(ratios) <= 0.999, n
+
+
+def test_intervals_by_hand() -> None:
+    assert median_interval([2.0, 2.0, 2.0]) == {"value": 2.0, "low": 2.0, "high": 2.0}
+    one = median_interval([math.exp(-0.1), 1.0, math.exp(0.1)])
+    assert one["high"] == pytest.approx(math.exp(4.3027 * 1.2533 * 0.1 / math.sqrt(3)), rel=1e-4)
+    assert ratio_interval([3.0, 3.0], [2.0, 2.0]) == {"value": 1.5, "low": 1.5, "high": 1.5}
+    same = [math.exp(-0.1), 1.0, math.exp(0.1)]
+    both = ratio_interval(same, same)
+    assert both["high"] == pytest.approx(math.exp(2.7764 * 1.2533 * 0.1 / math.sqrt(3) * math.sqrt(2)), rel=1e-4)
+
+
+def test_the_promise_in_words() -> None:
+    def point(level: int, low: float, high: float) -> dict[str, Any]:
+        ok = {"status": "ok", "reason": ""}
+        gain = {"value": (low + high) / 2, "low": low, "high": high}
+        return {"concurrency": level, "baseline": ok, "model": ok, "speedup": gain}
+
+    told = sentences([point(1, 1.61, 1.7), point(16, 1.5, 1.59), point(64, 1.5, 1.7), point(256, 0.8, 0.9)])
+    assert told[0] == (
+        "+60 % tokens/s over BF16 holds at concurrency 1; does not hold at 16, 256; "
+        "cannot be decided from these repeats at 64"
+    )
+    assert told[1].startswith("slower than BF16 at concurrency 256")
+
+
+def test_reasons_that_mean_no_memory() -> None:
+    for reason in (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        "ValueError: No available memory for the cache blocks.",
+        "ValueError: Free memory on device (1/79 GiB) on startup is less than desired GPU memory utilization",
+        "killed by the system, as it does when memory runs out; last word: INFO",
+    ):
+        assert ended(reason) == "out of memory"
+    assert ended("ValueError: the weights are wrong") == "crashed"
+
+
+def test_memory_is_that_of_all_processes_and_devices() -> None:
+    import os
+
+    mine = tree_bytes(os.getpid())
+    assert mine is not None and mine > 10 << 20 and tree_bytes(2**30) is None
+
+    class Nvml:
+        def nvmlDeviceGetCount(self) -> int:
+            return 2
+
+        def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+            return index
+
+        def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+            return type("Info", (), {"used": 100 + handle})
+
+    assert device_bytes(Nvml()) == 201
+    readings = iter([5, None, 9, 7])
+    with PeakMemory(lambda: next(readings, None), interval=0.001) as memory:
+        while next(readings, "over") != "over":
+            pass
+    assert memory.peak in (5, 7, 9)
+
+
+def test_kernels_are_called_as_the_platform_calls_them() -> None:
+    h100 = load_platform("h100")
+    assert kernel_name(h100, "gptq", None, ["MacheteLinearKernel"]) == "Machete"
+    assert kernel_name(CPU, "gptq", None, ["CPUWNA16LinearKernel"]) == "CPUWNA16LinearKernel"
+    assert kernel_name(h100, "gptq", None, []) == "vLLM's own choice"
+
+
+def test_knobs_of_the_platforms_are_for_formats_that_load() -> None:
+    for name in ("h100", "mi325x", "cpu"):
+        platform = load_platform(name)
+        assert platform.tune
+        for knob in platform.tune:
+            assert knob.flag.startswith("--") and set(knob.formats) <= {key.split("/")[0] for key in platform.formats}
+
+
+def test_the_gpu_script_asks_for_every_kernel_that_the_platform_names(tmp_path: Path) -> None:
+    import argparse
+    import importlib.util
+
+    from halfbyte.cli.bench import _config
+
+    file = Path(__file__).parents[2] / "benchmarks" / "gpu" / "serving.py"
+    spec = importlib.util.spec_from_file_location("gpu_serving", file)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    args = argparse.Namespace(levels="1,16", repeats=3, prefill=2048, requests=None, vllm=None)
+    h100 = load_platform("h100")
+    words = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "gptq", "0.32.0")]
+    configs = dict(_config(value) for flag, value in pairwise(words) if flag == "--config")
+    assert configs["linear-backend-marlin"] == ("--linear-backend", "marlin")
+    assert configs["kv-cache-dtype-auto"] == ("--kv-cache-dtype", "auto")
+    old = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "modelopt", "0.26.0")]
+    assert "linear-backend-humming: --linear-backend humming" in old and not any("machete" in word for word in old)
+
+    row = {"kernel": "BF16", "format": "bf16", "seconds": {"1": 1.0, "4": 2.0}}
+    for name, seconds in (("a", {"1": 0.5, "4": 1.0}), ("b", {"4": 1.5})):
+        table = {"device": "cpu", "rows": [row, {"kernel": name, "format": "gptq", "seconds": seconds}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    rows = script.merged([tmp_path / "a.json", tmp_path / "b.json"])["rows"]
+    assert [(r["kernel"], r["seconds"]) for r in rows] == [("BF16", {"4": 2.0}), ("a", {"4": 1.0}), ("b", {"4": 1.5})]
