@@ -109,6 +109,7 @@ def sweep_words(result: dict[str, Any], output: Path) -> str:
     rest = [row for row in result["cells"] if row["status"] != "judged"]
     lines = [_table(judged), ""] if judged else []
     lines += [f"{row['name']}: {row['status']} ({row['stage']}): {row['reason']}" for row in rest]
+    lines += [_on_each(row) for row in judged if row["judged_on"]]
     sharing, spent = result["sharing"], result["seconds"]
     lines.append(
         f"{sharing['cells']} cells, {sharing['distinct']} artifacts that differ; "
@@ -123,6 +124,13 @@ def sweep_words(result: dict[str, Any], output: Path) -> str:
             lines.append("tokens/s: not measured")
     lines += [f"report: {output / 'report.html'} (and report.md)", _last(result, output)]
     return "\n".join(lines)
+
+
+def _on_each(row: dict[str, Any]) -> str:
+    """A cell's KL on each platform that it was judged on."""
+    each = row["judged_on"].items()
+    figures = [f"{r['eval']['metrics']['kl_mean']['value']:.4f} on {name} ({r['hardware']})" for name, r in each]
+    return f"{row['name']}: KL {', '.join(figures)}"
 
 
 def _last(result: dict[str, Any], output: Path) -> str:

@@ -24,6 +24,7 @@ import halfbyte.engine.loop as loop
 import halfbyte.experiments.fanout as fanout
 import halfbyte.experiments.judging as judging
 import halfbyte.serving.install as install
+from halfbyte.cli.sweep import sweep_words
 from halfbyte.engine import Errand, Seat
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows
@@ -138,6 +139,9 @@ def test_each_platform_judges_what_it_can_run(place: Path, both: dict[str, dict[
         for platform, one in (row["judged_on"] or {}).items():
             assert one["hardware"].endswith("cores") and one["eval"]["metrics"] == row["eval"]["metrics"], name
             assert one["gates"]["verdict"] == "accepted", platform
+    kl = f"{ours['B1']['eval']['metrics']['kl_mean']['value']:.4f}"
+    told = [line for line in sweep_words(both["with"], place).splitlines() if line.startswith("B1: KL ")]
+    assert len(told) == 1 and told[0].startswith(f"B1: KL {kl} on h100 (") and f", {kl} on mi325x (" in told[0]
     left = sorted(path.name for path in (place / "with" / "results").iterdir())
     assert left == ["A1.h100.json", "B1.h100.json", "B1.mi325x.json"]
     assert not (place / "with" / "reference").exists()
