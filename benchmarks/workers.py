@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import MODEL, calibration_tokens, data_directory, machine, read_recipe
+from benchmarks.common import MODEL, calibration_tokens, data_directory, machine, read_recipe, say
 from halfbyte.engine import Errand, Here, Job, Processes, quantize_blocks
 from halfbyte.engine.loop import solve_part
 from halfbyte.engine.parts import Part, divide
@@ -79,21 +79,23 @@ def main() -> None:
     noting = Noting()
     whole(noting)
     found: dict[str, list[float]] = {}
+
+    def measure(name: str, threads: int, work: Callable[[], Any]) -> None:
+        torch.set_num_threads(threads)
+        found.setdefault(name, []).append(clock(work))
+        say(f"{name}: {found[name][-1]:.2f} s")
+
     torch.set_num_threads(1)
     with Processes(["cpu", "cpu"]) as two:
         solve_apart(two, noting.parts[:2])  # started and warm
         for _ in range(given.repeats):
             for threads in (1, 2):
-                torch.set_num_threads(threads)
-                found.setdefault(f"solving, here, threads: {threads}", []).append(
-                    clock(lambda: solve_here(noting.parts))
-                )
-                found.setdefault(f"whole pass, here, threads: {threads}", []).append(clock(whole))
-            torch.set_num_threads(1)
-            found.setdefault("solving, two processes of one thread", []).append(
-                clock(lambda: solve_apart(two, noting.parts))
-            )
-            found.setdefault("whole pass, two processes of one thread", []).append(clock(lambda: whole(two)))
+                measure(f"solving, here, threads: {threads}", threads, lambda: solve_here(noting.parts))
+            measure("solving, two processes of one thread", 1, lambda: solve_apart(two, noting.parts))
+        for _ in range(given.repeats):
+            for threads in (1, 2):
+                measure(f"whole pass, here, threads: {threads}", threads, whole)
+            measure("whole pass, two processes of one thread", 1, lambda: whole(two))
     print(machine())
     print(f"{given.recipe}, {given.blocks} blocks, {given.sequences} sequences\n")
     print("| | seconds, median | all |\n|---|---|---|")
