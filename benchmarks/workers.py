@@ -35,7 +35,7 @@ class Noting(Here):
     def submit(self, errand: Errand) -> Future[Any]:
         done = super().submit(errand)
         part = errand.arguments[0]
-        self.parts.append(Part(part.family, part.block, part.kinds, part.wanted, part.tensors, part.stats))
+        self.parts.append(Part(part.family, part.block, part.groups, part.wanted, part.tensors, part.stats))
         return done
 
 
@@ -48,7 +48,7 @@ def clock(work: Callable[[], Any]) -> float:
 def solve_here(parts: list[Part]) -> None:
     here = Here()
     for part in parts:
-        whole = Part(part.family, part.block, part.kinds, part.wanted, part.tensors, part.stats)
+        whole = Part(part.family, part.block, part.groups, part.wanted, part.tensors, part.stats)
         here.submit(Errand(part.label, solve_part, (whole,))).result()
 
 

@@ -67,12 +67,22 @@ class LinearGroup:
 
     kind    "qkv" | "o" | "gate_up" | "down"
     names   module names relative to the block, e.g. ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    fused   the name that vLLM gives the fused module, relative to the block, e.g. "self_attn.qkv_proj"
+    fused   the name that vLLM gives the fused module, relative to the block, e.g. "self_attn.qkv_proj"; all experts of
+            a block are one module there, so their groups have the same, and share a fate
+    owner   the MLP that it belongs to where a block has several ("experts.3", "shared_expert"), else ""
+    expert  its number, for one of the experts that a router chooses from
     """
 
     kind: str
     names: tuple[str, ...]
     fused: str
+    owner: str = ""
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the group within its block: "qkv", "experts.3.down"."""
+        return f"{self.owner}.{self.kind}" if self.owner else self.kind
 
 
 @dataclass(frozen=True)

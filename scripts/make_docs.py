@@ -29,7 +29,7 @@ EXIT_CODES = """\
 | 0 | done; for `run`: accepted |
 | 1 | an error that you can put right: one line on stderr says how |
 | 2 | the request is wrong: an option, a recipe key, an output directory in use |
-| 3 | `run` finished, and a gate failed or was not measured |
+| 3 | `run` finished, and a gate failed or was not measured; `eval`: the 4-bit answers are too long |
 """
 RECIPE_INTRO = """\
 A recipe says what to make of a model. It names no file and no machine, so that its resolved form, together with

@@ -44,8 +44,9 @@ def make_artifact(
     groups = [
         (f"{model.block(i)}.{g.fused}", [f"{model.block(i)}.{n}" for n in g.names])
         for i in range(model.num_blocks)
-        for g in model.groups
+        for g in model.groups_of(i)
     ]
+    schemes |= dict.fromkeys(name for i in range(model.num_blocks) for name in model.routers(i))
     for whole, names in [*groups, ("lm_head", ["lm_head"])]:
         fused |= dict.fromkeys(names, whole)
         if re.search(keep, names[0]) or f"{names[0]}.weight" not in tensors:

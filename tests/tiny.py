@@ -11,7 +11,9 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+FAMILIES = (*DENSE, *SPARSE)
 VOCAB = 320
 
 _COMMON = {
@@ -39,6 +41,22 @@ _SPECIAL: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "phi3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "qwen2_moe": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+    },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
 }
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
@@ -81,7 +99,12 @@ def make_tiny(family: str, directory: Path, seed: int = 0, **overrides: object) 
                 parameter.copy_(0.1 * noise)
             else:
                 columns = 1 + 3 * torch.rand(parameter.shape[-1], generator=generator) ** 4
-                parameter.copy_(noise * columns * parameter.shape[-1] ** -0.5)
+                if (
+                    parameter.ndim == 3
+                ):  # experts that are alike, so that another choice of the router is no other model
+                    noise = 0.9 * noise[:1] + 0.4 * noise
+                decided = 3 if name.endswith("mlp.gate.weight") else 1
+                parameter.copy_(noise * columns * decided * parameter.shape[-1] ** -0.5)
     model.to(torch.bfloat16).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return Path(directory)

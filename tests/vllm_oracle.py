@@ -1,6 +1,7 @@
 """Runs in vLLM's own environment: what vLLM's code makes of our tensors and configs. Usage: vllm_oracle.py DIR
 
-Reads DIR/cases.safetensors and DIR/configs.json, writes DIR/weights.safetensors and DIR/decisions.json.
+Reads DIR/cases.safetensors, DIR/configs.json and the artifacts in DIR/experts, writes DIR/weights.safetensors,
+DIR/decisions.json and DIR/experts.json.
 """
 
 import json
@@ -23,14 +24,18 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32,
 )
 from vllm.scalar_type import scalar_types
+from vllm_experts import load_all
 
 parameter.get_tensor_model_parallel_rank = lambda: 0
 parameter.get_tensor_model_parallel_world_size = lambda: 1
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+PACKED_SPARSE = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+"""Of families with experts."""
 CLASSES = {
     "qkv_proj": "QKVParallelLinear",
     "gate_up_proj": "MergedColumnParallelLinear",
     "lm_head": "ParallelLMHead",
+    "gate": "GateLinear",
 }
 
 
@@ -71,9 +76,37 @@ def compressed(t):
     return (codes - zeros.repeat_interleave(repeat, 1)) * scales
 
 
+def decide_experts(config, module, shards):
+    """The same for a module of experts, as each config's get_quant_method asks for RoutedExperts."""
+    method = config["quant_method"]
+    if method == "gptq":
+        c = AutoGPTQConfig.from_config(config)
+        if get_dynamic_override(c, layer_name=module) == False:  # noqa: E712
+            return None
+        return get_dynamic_override(c, module, "group_size", c.group_size)
+    if method == "awq":
+        c = AutoAWQConfig.from_config(config)
+        return None if is_layer_skipped(module, c.modules_to_not_convert, match_mode="substring") else c.group_size
+    if method == "modelopt":
+        c = ModelOptNvFp4Config.from_config(config)
+        c.packed_modules_mapping = PACKED_SPARSE
+        return None if c.is_layer_excluded(module) else c.group_size
+    c = CompressedTensorsConfig.from_config(config)
+    c.packed_modules_mapping = PACKED_SPARSE
+    c._add_fused_moe_to_target_scheme_map()
+    layer = type("RoutedExperts", (nn.Module,), {})()
+    first = [s for s in shards if s.startswith(f"{module}.0.")]
+    schemes = [c.get_scheme_dict(layer, name) for name in first]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise ValueError("All MoE projections need to have same quantization scheme")
+    return None if schemes[0] is None else (schemes[0]["weights"].group_size or -1)
+
+
 def decide(config, fused, shards):
     """The group size that vLLM gives a module, or None where it leaves it alone."""
     method = config["quant_method"]
+    if fused.endswith(".experts"):
+        return decide_experts(config, fused, shards)
     if method == "gptq":
         c = AutoGPTQConfig.from_config(config)
         if fused == "lm_head" and not c.lm_head_quantized:
@@ -112,6 +145,7 @@ def main(directory):
         except (ValueError, KeyError) as error:
             decisions.append(f"refused: {error}")
     (directory / "decisions.json").write_text(json.dumps(decisions))
+    (directory / "experts.json").write_text(json.dumps(load_all(directory / "experts")))
 
 
 main(Path(sys.argv[1]))

@@ -49,7 +49,7 @@ WAIT_S = 30.0
 """How long what a killed run started may take to end by itself."""
 UNLIKE = {"run.json", "vllm.log", "README.md", "report.html", "report.md", "sweep-report.html"}
 """Files that hold times."""
-STAND_IN = {"pids", "batches"}
+STAND_IN = {"pids", "batches", "argv"}
 """What the stand-in for vLLM writes into the model's directory."""
 
 

@@ -5,12 +5,14 @@ Front matter as in https://huggingface.co/docs/hub/model-cards: base_model, base
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
+
+from halfbyte.artifact import card_tables
+from halfbyte.artifact.markdown import code, fence, finite, md
 
 METHODS = {
     "rtn": "round-to-nearest",
@@ -18,16 +20,9 @@ METHODS = {
     "awq": "AWQ (activation-aware scaling)",
     "nvfp4": "NVFP4 (FP4 numbers with FP8 block scales)",
 }
+LICENCE = ("license", "license_name", "license_link")
+MOST_NOTICES = 5
 TAGS = {"gptq": "gptq", "awq": "awq", "modelopt": "modelopt", "compressed-tensors": "compressed-tensors"}
-RECOVERY: tuple[tuple[str, str, str], ...] = (
-    ("ppl_baseline", "Perplexity, BF16", "plain"),
-    ("ppl", "Perplexity, 4-bit", "plain"),
-    ("ppl_ratio", "Perplexity, change", "ratio"),
-    ("kl_mean", "KL divergence from BF16, mean, nats a token", "plain"),
-    ("kl_p99", "KL divergence, 99th percentile", "plain"),
-    ("top1", "Same most likely next token as BF16", "share"),
-)
-_SPECIAL = re.compile(r"([\\`*\[\]<>|])")
 
 
 def model_card(
@@ -36,8 +31,13 @@ def model_card(
     served: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
     commands: Mapping[str, str] | None = None,
+    *,
+    tasks: Mapping[str, Any] | None = None,
+    long_context: Mapping[str, Any] | None = None,
+    bench: Mapping[str, Any] | None = None,
+    stability: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card's text from halfbyte.json, eval.json, served.json, gates.json and serve commands by platform (that name
+    """The card's text from halfbyte.json, the result files of these names, and serve commands by platform (that name
     the artifact's directory as `.`).
 
     What was not measured is said to be so. Text from outside is escaped, so that it can add no markup.
@@ -45,12 +45,14 @@ def model_card(
     name = base_model(manifest)
     sections = [
         _front_matter(manifest, name),
-        f"# {_md(_short(name))}, 4-bit ({_md(_recipe_words(manifest))})",
+        f"# {md(_short(name))}, 4-bit ({md(_recipe_words(manifest))})",
         _opening(manifest, name, gates),
-        _recovery(evaluation),
+        "\n\n".join(["## Recovery", *card_tables.fidelity(evaluation), *card_tables.tasks(tasks)]),
+        _section("## Long context", card_tables.long_context(long_context)),
+        _section("## Speed", card_tables.speed(bench)),
         _deployment(served, commands),
         _making(manifest),
-        _limitations(manifest, evaluation, served),
+        _limitations(manifest, evaluation, served, tasks, bench, stability),
     ]
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
 
@@ -66,6 +68,10 @@ def _front_matter(manifest: Mapping[str, Any], name: str) -> str:
     recipe = manifest.get("recipe") or {}
     tags = ["4-bit", "quantized", "vllm", "halfbyte", TAGS.get(str(recipe.get("format")), "")]
     fields: dict[str, Any] = {"base_model": name} if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else {}
+    model = manifest.get("model")
+    licence = model.get("license") if isinstance(model, Mapping) else None
+    if isinstance(licence, Mapping):
+        fields |= {key: str(licence[key]) for key in LICENCE if licence.get(key)}
     fields |= {
         "base_model_relation": "quantized",
         "library_name": "transformers",
@@ -79,60 +85,34 @@ def _front_matter(manifest: Mapping[str, Any], name: str) -> str:
 
 
 def _opening(manifest: Mapping[str, Any], name: str, gates: Mapping[str, Any] | None) -> str:
-    facts = [f"A 4-bit version of {_code(name)} for vLLM, made with halfbyte."]
-    size, bits = _finite(manifest.get("bytes")), _finite(manifest.get("bits_per_weight"))
+    facts = [f"A 4-bit version of {code(name)} for vLLM, made with halfbyte."]
+    size, bits = finite(manifest.get("bytes")), finite(manifest.get("bits_per_weight"))
     if size is not None:
         facts.append(f"Its weights take {size / 2**30:.3g} GiB.")
     if bits is not None:
         facts.append(f"Quantized linears take {bits:.2f} bits a weight, scales counted.")
     words, verdict = (gates or {}).get("text"), (gates or {}).get("verdict")
     told = words or (f"Verdict: {verdict}." if verdict else "")
-    return " ".join(facts) + (f"\n\n{_md(told)}" if told else "")
+    return " ".join(facts) + (f"\n\n{md(told)}" if told else "")
 
 
-def _recovery(evaluation: Mapping[str, Any] | None) -> str:
-    metrics = (evaluation or {}).get("metrics")
-    if not isinstance(metrics, Mapping) or not metrics:
-        return "## Recovery\n\nNot measured."
-    level = _finite((evaluation or {}).get("confidence"))
-    head = f"| measure | value | {'confidence' if level is None else f'{level:.0%}'} interval |\n|---|---|---|"
-    rows = [_recovery_row(label, unit, metrics[key]) for key, label, unit in RECOVERY if key in metrics]
-    source = (evaluation or {}).get("text") or {}
-    tokens = _finite(source.get("tokens"))
-    own = (evaluation or {}).get("self_generated")
-    text = "that the base model wrote itself" if own else f"of {_md(source.get('source', 'text'))}"
-    on = f"Measured on {tokens:,.0f} tokens {text}." if tokens is not None else ""
-    return "\n".join(["## Recovery\n", head, *rows]) + (f"\n\n{on}" if on else "")
-
-
-def _recovery_row(label: str, unit: str, measured: Any) -> str:
-    value, low, high = (_show((measured or {}).get(key), unit) for key in ("value", "low", "high"))
-    interval = "–" if "–" in (low, high) else f"{low} to {high}"
-    return f"| {label} | {value} | {interval} |"
-
-
-def _show(value: Any, unit: str) -> str:
-    x = _finite(value)
-    if x is None:
-        return "–"
-    if unit == "ratio":
-        return f"{x - 1:+.1%}"
-    return f"{x:.1%}" if unit == "share" else f"{x:.4g}"
+def _section(title: str, parts: list[str]) -> str:
+    return "\n\n".join([title, *parts]) if parts else ""
 
 
 def _deployment(served: Mapping[str, Any] | None, commands: Mapping[str, str] | None) -> str:
-    blocks = [f"On {_md(platform)}:\n\n{_fence(line, 'bash')}" for platform, line in (commands or {}).items()]
+    blocks = [f"On {md(platform)}:\n\n{fence(line, 'bash')}" for platform, line in (commands or {}).items()]
     if blocks:
         blocks.insert(0, "In this directory; elsewhere put its path, or its name on the Hub, in the place of the dot.")
     else:
-        blocks = [_fence("vllm serve <this directory>", "bash")]
+        blocks = [fence("vllm serve <this directory>", "bash")]
     if served and served.get("status") == "served":
         outcome = "and its perplexity agreed" if served.get("passed") else "and its perplexity DID NOT agree"
-        difference = _finite(served.get("relative_difference"))
+        difference = finite(served.get("relative_difference"))
         by = "" if difference is None else f" ({abs(difference):.2%} apart)"
-        blocks.append(f"Loaded in vLLM {_md(served.get('vllm'))}, {outcome} with the same weights in transformers{by}.")
+        blocks.append(f"Loaded in vLLM {md(served.get('vllm'))}, {outcome} with the same weights in transformers{by}.")
     else:
-        reason = f": {_md(served['reason'])}" if served and served.get("reason") else ""
+        reason = f": {md(served['reason'])}" if served and served.get("reason") else ""
         blocks.append(f"Not yet served in vLLM{reason}.")
     return "## Deployment\n\n" + "\n\n".join(blocks)
 
@@ -140,21 +120,32 @@ def _deployment(served: Mapping[str, Any] | None, commands: Mapping[str, str] | 
 def _making(manifest: Mapping[str, Any]) -> str:
     recipe = manifest.get("recipe") or {}
     calibration = manifest.get("calibration") or {}
-    lines = [f"- recipe: {_code(yaml.safe_dump(dict(recipe), default_flow_style=True, width=10**6, sort_keys=False))}"]
+    lines = [f"- recipe: {code(yaml.safe_dump(dict(recipe), default_flow_style=True, width=10**6, sort_keys=False))}"]
     if isinstance(calibration, Mapping) and calibration.get("source"):
-        lines.append(f"- calibration: {_md(_calibration_words(calibration))}")
+        lines.append(f"- calibration: {md(_calibration_words(calibration))}")
     if isinstance(calibration, Mapping) and calibration.get("sha256"):
-        lines.append(f"- calibration tokens, SHA-256: {_md(calibration['sha256'])}")
+        lines.append(f"- calibration tokens, SHA-256: {md(calibration['sha256'])}")
+    experts = manifest.get("experts")
+    if isinstance(experts, Mapping) and experts:
+        lines.append(f"- experts: {_experts_words(experts)}; routers stay in BF16")
     versions = manifest.get("versions") or {}
     if versions:
-        lines.append("- versions: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in versions.items() if v))
+        lines.append("- versions: " + ", ".join(f"{md(k)} {md(v)}" for k, v in versions.items() if v))
     lines.append("- everything else (per-linear errors, hashes, times, commands): `halfbyte.json` beside this file")
     return "## How it was made\n\n" + "\n".join(lines)
 
 
+def _experts_words(experts: Mapping[str, Any]) -> str:
+    """How the calibration tokens were spread over the experts."""
+    counts = [count for row in experts.values() for count in row["tokens"]]
+    starved = sum(len(row["starved"]) for row in experts.values())
+    few = f"; {starved} got too few for statistics of their own alone" if starved else ""
+    return f"{len(counts)} in {len(experts)} blocks, {min(counts):,} to {max(counts):,} calibration tokens each{few}"
+
+
 def _calibration_words(calibration: Mapping[str, Any]) -> str:
     """How much text of which kind, as a calibration set's manifest states it."""
-    source, tokens = calibration["source"], _finite(calibration.get("tokens"))
+    source, tokens = calibration["source"], finite(calibration.get("tokens"))
     if not isinstance(source, Mapping):
         return str(source)
     amount = "text" if tokens is None else f"{tokens:,.0f} tokens"
@@ -166,7 +157,12 @@ def _calibration_words(calibration: Mapping[str, Any]) -> str:
 
 
 def _limitations(
-    manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None, served: Mapping[str, Any] | None
+    manifest: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    served: Mapping[str, Any] | None,
+    tasks: Mapping[str, Any] | None,
+    bench: Mapping[str, Any] | None,
+    stability: Mapping[str, Any] | None,
 ) -> str:
     recipe = manifest.get("recipe") or {}
     lines = ["Four bits lose something: compare with the base model on your own task before you rely on it."]
@@ -176,6 +172,16 @@ def _limitations(
         lines.append("Fidelity was measured on text that the base model wrote itself, not on text of a domain.")
     if not served or served.get("status") != "served":
         lines.append("It was not loaded in vLLM when this card was written.")
+    missing = [name for name, result in {"tasks": tasks, "speed": bench}.items() if not result]
+    if missing:
+        lines.append(f"Not measured: {' and '.join(missing)}.")
+    reasons = [md(reason) for reason in (stability or {}).get("reasons") or []]
+    if stability and not stability.get("ok"):
+        lines.append(f"Long answers were NOT stable: {'; '.join(reasons) or 'no reason is stated'}.")
+    notices = [md(notice) for notice in manifest.get("notices") or []]
+    lines += [f"While it was made: {notice}." for notice in notices[:MOST_NOTICES]]
+    if len(notices) > MOST_NOTICES:
+        lines.append(f"{len(notices) - MOST_NOTICES} further notices stand in `halfbyte.json`.")
     if recipe.get("method") == "nvfp4":
         lines.append(
             "NVFP4 needs an NVIDIA GPU in vLLM; on Hopper a serve-time flag chooses the kernel and so the speed."
@@ -193,26 +199,3 @@ def _recipe_words(manifest: Mapping[str, Any]) -> str:
 
 def _short(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1] or name
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _md(value: Any) -> str:
-    flat = " ".join(str(value).split()).replace("&", "&amp;")
-    return _SPECIAL.sub(r"\\\1", flat).replace("\\<", "&lt;").replace("\\>", "&gt;")
-
-
-def _code(value: str) -> str:
-    flat = " ".join(value.split())
-    ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", flat)), default=0))
-    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
-    return f"{ticks}{pad}{flat}{pad}{ticks}"
-
-
-def _fence(body: str, language: str = "") -> str:
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", body)), default=0))
-    return f"{ticks}{language}\n{body}\n{ticks}"

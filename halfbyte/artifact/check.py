@@ -40,7 +40,7 @@ from halfbyte.artifact.findings import Findings
 from halfbyte.artifact.writer import work_of
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.formats import Format, columns, detect_format
-from halfbyte.models import Family, family_of
+from halfbyte.models import Family, family_of, unfuse
 from halfbyte.models.checkpoint import read_json
 from halfbyte.types import Progress, Quiet, Scheme
 
@@ -140,7 +140,8 @@ class _Check:
     ) -> tuple[Format | None, dict[str, Scheme | None]]:
         """The format and the schemes that config.json states, after the tensors were compared against them."""
         family = family_of(config)
-        names = [*(n for i in range(family.num_blocks) for n in family.linears(i)), family.lm_head]
+        blocks = range(family.num_blocks)
+        names = [n for i in blocks for n in (*family.linears(i), *family.routers(i))] + [family.lm_head]
         kept_as, schemes = self._parse(config, names)
         if kept_as is not None:
             self._compare_choices(schemes)
@@ -239,13 +240,14 @@ class _Check:
 
 
 def model_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of the (unquantized) model of a config.json; no memory is taken for them."""
+    """Shapes of the parameters of the (unquantized) model of a config.json, by the checkpoint's names."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type", "auto_map")}
     described = AutoConfig.for_model(config["model_type"], **settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(described)
+    unfuse(model, family_of(config))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

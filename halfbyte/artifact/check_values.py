@@ -17,7 +17,7 @@ from halfbyte.artifact.check_files import Inventory
 from halfbyte.artifact.findings import Findings
 from halfbyte.artifact.fingerprint import tensor_digest, weight_fingerprint
 from halfbyte.errors import HalfbyteError
-from halfbyte.formats import Format, fused_groups
+from halfbyte.formats import Format, scale_groups
 from halfbyte.models import TensorInfo
 from halfbyte.types import Progress, QuantizedLinear, Scheme
 
@@ -116,7 +116,7 @@ def _dequantized(
 
 
 def _sharing(shared: dict[str, dict[str, float]], findings: Findings) -> None:
-    for fused, shards in fused_groups(shared).items():
+    for fused, shards in scale_groups(shared).items():
         for kind in _SHARED:
             values = {shared[s][kind] for s in shards if kind in shared[s]}
             if len(values) > 1:

@@ -11,7 +11,7 @@ from torch import nn
 from halfbyte.algo import dequantize
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats import columns, read_config
-from halfbyte.models import Checkpoint, family_of
+from halfbyte.models import Checkpoint, family_of, refuse, unfuse
 from halfbyte.types import Scheme
 
 
@@ -21,7 +21,7 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     Raises UsageError for a directory that is no model, HalfbyteError where a tensor is missing.
     """
     from accelerate import init_empty_weights  # here, for they take seconds, and a finished run needs no model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     checkpoint = Checkpoint(directory)
     family = family_of(checkpoint.config)
@@ -34,6 +34,7 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    unfuse(model, family)
     for name, scheme in schemes.items():
         owned = checkpoint.load_all(name + ".")
         if scheme is None or (
@@ -51,6 +52,9 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise HalfbyteError(f"{directory} lacks the tensor {missing[0]}: run `halfbyte check {directory}`")
+    refuse(model, family)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)  # it says where answers end
     return model.to(device).eval()
 
 

@@ -22,6 +22,7 @@ PACKAGES = ("halfbyte", "torch", "transformers", "safetensors", "accelerate", "c
 def versions() -> dict[str, str | None]:
     """Versions of what takes part: packages, Python, the GPU and its driver where there is one."""
     found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
+    found["cpu"] = torch.backends.cpu.get_cpu_capability()
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

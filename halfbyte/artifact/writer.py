@@ -34,7 +34,7 @@ from halfbyte.files import (
     write_text,
 )
 from halfbyte.formats import Format, get_format
-from halfbyte.models import Checkpoint, hash_file
+from halfbyte.models import Checkpoint, family_of, hash_file
 from halfbyte.models.checkpoint import read_header, read_json
 from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
@@ -58,6 +58,7 @@ class ArtifactWriter:
         self.directory, self.checkpoint, self.recipe, self.plans, self.work = directory, checkpoint, recipe, plans, work
         self.partial = directory / PARTIAL
         self._tuning: dict[str, Any] | None = None
+        self._experts: dict[str, Any] = {}
         assert recipe.format is not None
         self.format: Format = get_format(recipe.format, recipe.activations)
 
@@ -106,6 +107,7 @@ class ArtifactWriter:
         tensors: dict[str, torch.Tensor],
         seconds: float,
         notices: Sequence[str] = (),
+        experts: dict[str, dict[str, list[int]]] | None = None,
     ) -> None:
         """Keep one block: pack its linears, note what each became, write both in one file."""
         packed: dict[str, torch.Tensor] = dict(tensors)
@@ -118,12 +120,21 @@ class ArtifactWriter:
                 "damp": solved.damp,
                 "fingerprint": weight_fingerprint(dequantize(solved.q)),
             }
-        note = json.dumps({"linears": report, "seconds": seconds, "notices": list(notices)}, sort_keys=True)
+        told = {"linears": report, "seconds": seconds, "notices": list(notices), "experts": experts or {}}
+        note = json.dumps(told, sort_keys=True)
         write_tensors(self._file(block), packed, {"halfbyte": note})
 
     def adopt(self, block: int, other: ArtifactWriter) -> None:
         """Keep a block that another writer keeps, as the same file: the same linears in the same format."""
         link_or_copy(other._file(block), self._file(block))
+
+    def lend(self, block: int, place: Path) -> None:
+        """Put a kept block at `place`, as the same file, so that it outlives this work."""
+        link_or_copy(self._file(block), place)
+
+    def take(self, block: int, place: Path) -> None:
+        """Keep the block that a writer of the same linears in the same format lent to `place`."""
+        link_or_copy(place, self._file(block))
 
     def block(self, block: int) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
         """A kept block, read back: its quantized linears and its other tensors, by full name. Nothing where none is
@@ -189,7 +200,9 @@ class ArtifactWriter:
         for name, value in self.format.extra_files(quantization).items():
             write_json(self.directory / name, value)
         write_text(self.directory / "recipe.yaml", yaml.safe_dump(self.recipe.identity(), sort_keys=False))
-        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"}
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"} | _dense(
+            self.checkpoint
+        )
         write_json(self.directory / "config.json", {**config, "quantization_config": quantization})
         manifest = {
             "schema": 1,
@@ -202,6 +215,7 @@ class ArtifactWriter:
             "solving_seconds": round(solving, 3),
             "notices": [*facts.get("notices", []), *notices],
             "tuning": self._tuning,
+            "experts": self._experts or None,
             **self._sizes(linears),
             "linears": linears,
             "tensors": tensors,
@@ -220,6 +234,7 @@ class ArtifactWriter:
             note = _note(file)
             found |= note["linears"]
             self._tuning = note.get("tuning", self._tuning)
+            self._experts |= note.get("experts", {})
             seconds += note["seconds"]
             notices += note["notices"]
         rows = {}
@@ -292,6 +307,14 @@ class ArtifactWriter:
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+
+
+def _dense(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The dense blocks of a mixture, by number: where only a step names them, vLLM does not take their gate_up_proj for
+    fused, and so not for quantized."""
+    family = family_of(checkpoint.config)
+    dense = [i for i in range(family.num_blocks) if i not in family.sparse]
+    return {"mlp_only_layers": dense} if family.sparse and dense else {}
 
 
 def _note(file: Path) -> dict[str, Any]:

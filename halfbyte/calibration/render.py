@@ -28,13 +28,13 @@ TEXT = 64 << 20
 """Bytes of rendered text; a line of JSONL may not be longer either."""
 
 
-def render_chat(tokenizer: Tokenizer, messages: list) -> str:
-    """The text of a conversation by the tokenizer's chat template. Raises HalfbyteError where the template refuses it,
-    or takes more time, memory or text than any template needs."""
+def render_chat(tokenizer: Tokenizer, messages: list, *, answer: bool = False) -> str:
+    """The text of a conversation by the tokenizer's chat template; `answer`: up to where the assistant's begins. Raises
+    HalfbyteError where the template refuses it, or takes more time, memory or text than any template needs."""
     child = _CHILDREN.get(tokenizer)
     if child is None or not child.alive or child.template != tokenizer.chat_template or child.owner != os.getpid():
         child = _CHILDREN[tokenizer] = _Child(tokenizer)
-    return child.render(messages)
+    return child.render(messages, answer)
 
 
 class _Child:
@@ -53,9 +53,9 @@ class _Child:
         self.alive, self.owner, self.template = True, os.getpid(), tokenizer.chat_template
         self._end = weakref.finalize(self, _end, os.getpid(), self.pid, self.asks, self.answers)
 
-    def render(self, messages: list) -> str:
+    def render(self, messages: list, answer: bool) -> str:
         try:
-            _write(self.asks, pickle.dumps(messages))
+            _write(self.asks, pickle.dumps((messages, answer)))
             told = json.loads(_read(self.answers, TEXT * 2))
         except (OSError, EOFError, ValueError) as error:
             self.alive = False
@@ -91,17 +91,18 @@ def _serve(tokenizer: Tokenizer, asks: int, answers: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
         reader, writer = os.fdopen(asks, "rb"), os.fdopen(answers, "wb")
         while True:
-            messages = pickle.loads(_read(reader, 1 << 40))
+            messages, answer = pickle.loads(_read(reader, 1 << 40))
             signal.alarm(SECONDS)
-            _write(writer, json.dumps(_rendered(tokenizer, messages)).encode())
+            _write(writer, json.dumps(_rendered(tokenizer, messages, answer)).encode())
             signal.alarm(0)
     except BaseException:
         os._exit(1)
 
 
-def _rendered(tokenizer: Tokenizer, messages: list) -> dict[str, str]:
+def _rendered(tokenizer: Tokenizer, messages: list, answer: bool) -> dict[str, str]:
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        more = {"add_generation_prompt": True} if answer else {}
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
     except Exception as error:  # a template may raise anything
         return {"error": (str(error).strip().splitlines() or [type(error).__name__])[0][:500]}
     return {"text": text} if len(text) <= TEXT else {"error": f"it makes {len(text):,} characters of them"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import halfbyte
-from halfbyte.cli import bench, calibrate, make, prove, sensitivity, serve, sweep
+from halfbyte.cli import bench, calibrate, make, prove, push, reproduce, sensitivity, serve, sweep
 from halfbyte.errors import HalfbyteError
 
 _CLICK: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -63,6 +63,8 @@ app.command(
     "serve", short_help="Print or run the vLLM command that works.", context_settings={"allow_extra_args": True}
 )(serve.serve)
 app.command("run", short_help="The main job: all of the above in one.")(make.run)
+app.command("reproduce", short_help="Make an artifact again and compare hashes.")(reproduce.reproduce)
+app.command("push", short_help="Publish an artifact on the Hugging Face Hub; private unless asked.")(push.push)
 app.command("ls", short_help="List recipes, platforms, methods or matrices.")(serve.ls)
 app.command("env", short_help="Versions, the machine, the vLLM that is found.")(serve.env)
 

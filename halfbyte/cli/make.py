@@ -114,9 +114,7 @@ def plan(
     words += ["--concurrency", str(max(levels))] if levels else []
     words += [word for budget in gate or [] for word in ("--gate", budget)]
     follow = shlex.join(["halfbyte", "run", model, *words, "-o", str(target)])
-    refused = result["model"]["moe"] and not result["model"]["moe"]["supported"]
-    last = "no next step: halfbyte quantize does not support this family yet" if refused else f"next: {follow}"
-    emit(result, style, f"{render_plan(result, explain)}\n\n{last}")
+    emit(result, style, f"{render_plan(result, explain)}\n\nnext: {follow}")
 
 
 def _levels(text: str | None) -> list[int] | None:
@@ -175,8 +173,21 @@ def run(
     text: Text = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1. Repeatable."),
+        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, speed@1=+60%, memory@64=fits. Repeatable."),
     ] = None,
+    mitigate: Annotated[
+        bool, typer.Option("--mitigate/--no-mitigate", help="Climb the ladder of mitigations where a gate failed.")
+    ] = True,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="BITS|BYTES", help="For its last rung: 4.6 bits a weight, or 64MiB more."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAMES", help="Measure tasks: `default`, or names separated by commas."),
+    ] = None,
+    long_context: Annotated[bool, typer.Option("--long-context", help="Measure the drift on long context.")] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM.")] = False,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     context: Context = None,
     concurrency: Concurrency = None,
@@ -185,11 +196,13 @@ def run(
     force: Force = False,
     style: Style = Format.human,
 ) -> None:
-    """The main job: plan, calibrate, quantize, check, serve in real vLLM, evaluate, judge, report."""
+    """The main job: plan, calibrate, quantize, check, evaluate, mitigate, serve in real vLLM, judge, report."""
     from halfbyte.cli.words import run_words
     from halfbyte.experiments.run import RunRequest
     from halfbyte.experiments.run import run as do
 
+    measure = {"tasks": tasks} if tasks else {}
+    measure |= {name: "" for name, said in (("long-context", long_context), ("bench", bench)) if said}
     request = RunRequest(
         model=model,
         platforms=tuple(on),
@@ -203,6 +216,9 @@ def run(
         device=device,
         force=force,
         command=own_command(),
+        mitigate=mitigate,
+        budget=budget,
+        measure=measure,
     )
     with progress() as shown:
         result = do(request, shown)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
 from halfbyte.cli.make import Style, Text
 
@@ -78,35 +79,74 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="How many windows (of text: all; of the model's own: 64).")
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="About so many tokens, instead of --windows.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mixed|N[,N]",
+            help="Windows of mixed lengths up to the model's context, or of N tokens; with --long-context its lengths, "
+            "as 4k,16k.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write eval.json here.")] = None,
+    task: asked.Task = None,
+    data: asked.Data = None,
+    limit: asked.Limit = None,
+    chat_template: asked.ChatTemplate = False,
+    qa: asked.Qa = None,
+    qa_metric: asked.Metric = "f1",
+    chat: asked.Chat = None,
+    judge: asked.JudgeUrl = None,
+    judge_model: asked.JudgeModel = None,
+    max_tokens: asked.MaxTokens = None,
+    long_context: asked.LongContext = False,
+    samples: asked.Samples = 4,
+    backend: asked.BackendOption = asked.Backend.hf,
+    on: asked.On = "cpu",
+    vllm: asked.Vllm = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the results here.")
+    ] = None,
     style: Style = Format.human,
 ) -> None:
-    """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor."""
-    from halfbyte.artifact import load_fake_quantized
+    """Perplexity, KL and top-1 agreement against BF16, with intervals and the noise floor.
+
+    Where --task, --qa, --chat or --long-context is given: these instead.
+    """
+    beyond = asked.Asked.of(locals())
+    if beyond.wanted():
+        return asked.evaluate_asked(directory, baseline, beyond, output, style)
     from halfbyte.cli.words import eval_words
-    from halfbyte.evaluate import compare, set_windows, write_result
-    from halfbyte.experiments.quantize import load_model, load_tokenizer, self_generated
-    from halfbyte.experiments.run import artifact_baseline, windows_of
+    from halfbyte.evaluate import write_result
+    from halfbyte.experiments.evaluating import choose_windows, measure_fidelity
+    from halfbyte.experiments.quantize import load_tokenizer
+    from halfbyte.experiments.run import artifact_baseline
     from halfbyte.files import portable
     from halfbyte.models import resolve_model
-    from halfbyte.recipe import CalibrationSpec
 
     with progress() as shown:
         name = baseline or artifact_baseline(directory)
         path = resolve_model(name, shown)
-        if text:
-            scored = windows_of(text, load_tokenizer(path), window, stride, windows)
-        else:
-            spec = CalibrationSpec(sequences=windows or 64, max_tokens=256, seed=seed)
-            scored = set_windows(self_generated(path, spec, device, shown))
-        quantized = load_fake_quantized(directory, device=device)
-        fidelity = compare(load_model(path, device), quantized, scored, progress=shown)
-    names = portable(directory), portable(name)
-    result = fidelity.result(*names)
+        scored = choose_windows(
+            path,
+            text or (),
+            window=window,
+            stride=stride,
+            count=windows,
+            tokens=tokens,
+            lengths=lengths,
+            seed=seed,
+            device=device,
+            progress=shown,
+        )
+        fidelity = measure_fidelity(directory, path, scored, device, shown)
+    facts = portable(directory), portable(name), load_tokenizer(path)
+    result = fidelity.result(*facts)
     if output:
-        write_result(output, fidelity, *names)
+        write_result(output, fidelity, *facts)
     emit(result, style, f"{eval_words(result)}\n\nnext: halfbyte serve {directory} --on PLATFORM --print")
 
 

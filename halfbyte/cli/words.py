@@ -61,16 +61,19 @@ def eval_words(result: dict[str, Any]) -> str:
         "kl_p99": "KL, p99",
         "kl_p999": "KL, p99.9",
         "top1": "top-1 agreement",
+        "flips": "right or wrong, changed",
         "loglik_gap": "log-likelihood lost",
     }
     text, floor = result["text"], result["noise_floor"]
     shape = f"{text['windows']} windows of up to {text['window']}, stride {text['stride']}"
     lines = [f"{text['source']}: {shape}, {text['tokens']:,} scored tokens", ""]
-    lines.append(f"{'':22}{'value':>10}  {'95 % interval':^23}  {'noise floor':>11}")
+    lines.append(f"{'':24}{'value':>10}  {'95 % interval':^23}  {'noise floor':>11}")
     for key, label in names.items():
+        if key not in result["metrics"]:
+            continue
         m = result["metrics"][key]
         noise = f"{floor[key]:>11.4g}" if key in floor else ""
-        lines.append(f"{label:22}{m['value']:>10.4f}  {m['low']:>10.4f} .. {m['high']:<10.4f} {noise}")
+        lines.append(f"{label:24}{m['value']:>10.4f}  {m['low']:>10.4f} .. {m['high']:<10.4f} {noise}")
     return "\n".join(lines)
 
 
@@ -79,6 +82,8 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
     manifest, gates = result["manifest"], result["gates"]
     lines = [gates["text"], "", eval_words(result["eval"]), "", size_line(directory / "model", manifest)]
     lines += [worst_line(manifest), served_line(result["served"]), ""]
+    if result.get("mitigation"):
+        lines += [*ladder_lines(result["mitigation"]), ""]
     if not result["fresh"]:
         lines.append(f"everything was there already; looked through in {result['seconds']:.1f} s")
     lines.append(f"report: {directory / 'report.html'} (and report.md)")
@@ -86,5 +91,21 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
     if gates["verdict"] == "rejected":
         lines.append("next: another recipe (halfbyte ls recipes), more calibration text (--text), or a budget (--gate)")
     else:
-        lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}")
+        kept = ((result.get("mitigation") or {}).get("final") or {}).get("candidate", {}).get("kv_cache")
+        more = f" -- --kv-cache-dtype {kept}" if kept else ""
+        lines.append(f"next: halfbyte serve {directory / 'model'} --on {platforms[0]}{more}")
     return "\n".join(lines)
+
+
+def ladder_lines(mitigation: dict[str, Any]) -> list[str]:
+    """The steps of the mitigation ladder that were made, a line each."""
+    from halfbyte.experiments.mitigation import change_words
+
+    lines = ["mitigation, step by step:"]
+    for row in mitigation["ladder"]:
+        cost = row["cost"]
+        paid = f"{cost['seconds']:.0f} s, {cost['bytes_added'] / MIB:+.1f} MiB"
+        moved = [f"{name} {row['before'][name]:.4g} -> {new:.4g}" for name, new in row["after"].items()]
+        did = change_words(row["changes"]) or row["title"]
+        lines.append(f"  {did}: {row['verdict']}" + (f" ({', '.join(moved)}; {paid})" if moved else ""))
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +24,23 @@ class BlockResult:
     tensors    other tensors that changed (norms and biases that took up a scale)
     notices    what a user should know (damping raised, ...)
     seconds    what solving took
+    experts    by the full name of a module of experts: {"tokens": calibration tokens of each, "starved": those that few
+               reached}
     """
 
     linears: dict[str, Solved] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+
+    def add(self, other: BlockResult) -> None:
+        """Take in another part of the same block."""
+        self.linears |= other.linears
+        self.tensors |= other.tensors
+        self.notices += other.notices
+        self.seconds += other.seconds
+        self.experts |= other.experts
 
 
 def options_of(recipe: Recipe) -> Options:
@@ -45,40 +57,48 @@ def solve_block(
     tensors: dict[str, torch.Tensor],
     stats: dict[str, Stats],
     factors: dict[tuple, Any],
+    groups: Sequence[LinearGroup] | None = None,
 ) -> BlockResult:
-    """Quantize block `index`.
+    """Quantize block `index`, or those `groups` of it that input scales do not tie to the others.
 
     schemes   by full linear name; what is missing stays in BF16
     tensors   the block's tensors by name relative to the block, on the device that solves
-    stats     by group kind (missing: data-free)
-    factors   a cache of the block that recipes share: factors by group, damping and order, scales by group, grid,
+    stats     by the groups' keys (missing: data-free)
+    factors   a cache of the groups that recipes share: factors by group, damping and order, scales by group, grid,
               group size and effort
     Raises HalfbyteError where a weight or a calibration input is not finite.
     """
     prefix = family.block(index) + "."
-    todo = [g for g in family.groups if prefix + g.names[0] in schemes]
+    groups = family.groups_of(index) if groups is None else groups
+    todo = [g for g in groups if prefix + g.names[0] in schemes]
     result = BlockResult()
     weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
-    group_stats = {g.kind: stats.get(g.kind) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
+    group_stats = {g.key: stats.get(g.key) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
     for group in todo:
-        _refuse_broken(prefix, group, weights, group_stats[group.kind])
+        _refuse_broken(prefix, group, weights, group_stats[group.key])
     scaled: set[str] = set()
     if recipe.scaling == "awq":
-        scaled = _scale(recipe, family, prefix, schemes, todo, tensors, weights, group_stats, factors, result)
+        folds = family.folds_of(index)
+        scaled = _scale(recipe, family, folds, prefix, schemes, todo, tensors, weights, group_stats, factors, result)
     options = options_of(recipe)
     for group in todo:
         scheme = schemes[prefix + group.names[0]]
-        here = group_stats[group.kind]
-        key = (group.kind, options.damp, options.act_order)
-        shared = None if group.kind in scaled else factors.get(key)
+        here = group_stats[group.key]
+        key = (group.key, options.damp, options.act_order)
+        shared = None if group.key in scaled else factors.get(key)
         solved, factor = solve_group([weights[n] for n in group.names], here, scheme.group_size, options, shared)
-        if factor is not None and group.kind not in scaled:
+        if factor is not None and group.key not in scaled:
             factors[key] = factor
         if factor is not None and factor.damp > options.damp:
-            result.notices.append(f"{prefix}{group.fused}: damping raised from {options.damp:g} to {factor.damp:g}")
+            result.notices.append(f"{prefix}{_called(group)}: damping raised from {options.damp:g} to {factor.damp:g}")
         for name, one in zip(group.names, solved):
             result.linears[prefix + name] = _with_input_scale(recipe, one, here)
     return result
+
+
+def _called(group: LinearGroup) -> str:
+    """How notices call a group: as vLLM does, but for an expert, which has no module of its own there."""
+    return group.fused if group.expert is None else f"{group.fused}.{group.expert}.{group.kind}"
 
 
 def _refuse_broken(prefix: str, group: LinearGroup, weights: dict[str, torch.Tensor], stats: Stats) -> None:
@@ -86,7 +106,7 @@ def _refuse_broken(prefix: str, group: LinearGroup, weights: dict[str, torch.Ten
         if not bool(weights[name].isfinite().all()):
             raise HalfbyteError(f"{prefix}{name}.weight holds numbers that are not finite: fetch the model again")
     if not (math.isfinite(stats.absmax) and bool(stats.second_moment_I.isfinite().all())):
-        raise HalfbyteError(f"{prefix}{group.fused}: its calibration inputs are not finite: is the model broken?")
+        raise HalfbyteError(f"{prefix}{_called(group)}: its calibration inputs are not finite: is the model broken?")
 
 
 def _with_input_scale(recipe: Recipe, solved: Solved, stats: Stats) -> Solved:
@@ -98,6 +118,7 @@ def _with_input_scale(recipe: Recipe, solved: Solved, stats: Stats) -> Solved:
 def _scale(
     recipe: Recipe,
     family: Family,
+    folds: Sequence[Fold],
     prefix: str,
     schemes: dict[str, Scheme],
     todo: list[LinearGroup],
@@ -107,15 +128,15 @@ def _scale(
     shared: dict[tuple, Any],
     result: BlockResult,
 ) -> set[str]:
-    """Find and fold input scales; changes `weights` and `stats` in place. Returns the kinds that were scaled.
+    """Find and fold input scales; changes `weights` and `stats` in place. Returns the keys of what was scaled.
 
     All scales are found before any is folded, so that they are those of the block as it was: `shared` keeps them.
     """
-    groups = {g.kind: g for g in todo}
+    groups = {g.key: g for g in todo}
     grid = get_grid(options_of(recipe).grid)
     scaled = set()
     found: dict[str, torch.Tensor] = {}
-    for fold in family.architecture.folds:
+    for fold in folds:
         group = groups.get(fold.kind)
         if group is None or (fold.linear and fold.linear not in weights):
             continue
@@ -130,7 +151,7 @@ def _scale(
         s = shared[key]
         if bool((s != 1).any()):
             found[fold.kind] = s
-    for fold in family.architecture.folds:
+    for fold in folds:
         if fold.kind in found:
             s = _absorb(fold, family, prefix, found[fold.kind], tensors, weights, result)
             for name in groups[fold.kind].names:

@@ -12,6 +12,9 @@ drawn once a token, which is noisy. So there are two ways:
     first token   a few sequences; the first position's mean over the others' mean (the rest counts once)
     every token   all sequences; w = (||g||^2 / mean ||g||^2 + SMOOTH) / (1 + SMOOTH)
 
+In a mixture of experts the gradient is taken at the output of all experts together; that of one expert is this times
+the router's weight, which experts.py adds.
+
 Measured on SmolLM2-135M (docs/log.md), first token against the rest: qkv 50 to 4,600; o, gate_up and down 2 to 50 in
 the first third of the blocks and 0.0 to 0.2 behind it.
 """
@@ -28,6 +31,7 @@ from torch import nn
 
 from halfbyte.engine.backprop import Tape, equal_lengths
 from halfbyte.engine.skeleton import Skeleton
+from halfbyte.models import Family
 from halfbyte.types import LinearGroup, Progress, Quiet
 
 SEQUENCES, TOKENS, BATCH = 8, 512, 4
@@ -41,8 +45,11 @@ MOST = 4096.0
 SMOOTH = 3.0
 """How many means are added to a single token's noisy gradient."""
 
+EXPERTS = "experts"
+"""The key that stands for every expert of a block."""
+
 Key = tuple[int, str]
-"""A block and the kind of a group in it."""
+"""A block and the key of a group in it, or EXPERTS."""
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 """Token ids int64 [B, T]; bool [B*T], False on padding, or None where there is none."""
 
@@ -61,6 +68,10 @@ class Importance:
         weights = torch.ones(shape)
         weights[:, 0] = self.first.get(key, SINK)
         return weights
+
+    def of_group(self, index: int, group: LinearGroup, batch: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The same for a group of block `index`, by what the gradient of its outputs was taken at."""
+        return self.weights((index, EXPERTS if group.owner else group.key), batch, shape)
 
 
 def first_token(
@@ -110,10 +121,10 @@ def _powers(
         if not bool(tape.output.isfinite().all()):
             return {}
         gradient, _ = tape.head(partial(_surprise, generator=generator, keep=keep))
-        watch = _Watch(skeleton.family.groups)
+        watch = _Watch(skeleton.family)
         tape.backward(gradient, watch)
         for key, power in watch.powers.items():
-            powers.setdefault(key, []).append(power.cpu())
+            powers.setdefault(key, []).append(power.cpu().view(ids.shape))
         progress.advance()
     return powers
 
@@ -129,19 +140,18 @@ def _surprise(
 
 
 class _Watch:
-    """Adds up ||g||^2 over each group's linears."""
+    """Adds up ||g||^2 over each group's linears, and takes it at the output of a block's experts."""
 
-    def __init__(self, groups: Sequence[LinearGroup]):
-        self.groups = groups
+    def __init__(self, family: Family):
+        self.family = family
         self.powers: dict[Key, torch.Tensor] = {}
 
     @contextmanager
     def __call__(self, index: int, block: nn.Module) -> Iterator[None]:
-        handles = [
-            block.get_submodule(name).register_forward_hook(self._hook((index, group.kind)))
-            for group in self.groups
-            for name in group.names
-        ]
+        mixture = self.family.mixture(index)
+        watched = [(g.key, name) for g in self.family.groups_of(index) if not g.owner for name in g.names]
+        watched += [(EXPERTS, mixture.experts)] if mixture else []
+        handles = [block.get_submodule(name).register_forward_hook(self._hook((index, key))) for key, name in watched]
         try:
             yield
         finally:

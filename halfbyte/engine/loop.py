@@ -1,7 +1,8 @@
 """The pass over the blocks. Statistics come from the BF16 model and do not depend on the recipe, so one pass serves
 any number of recipes: at each block the inputs' Gram matrices are collected once and every recipe solves with them.
 
-Peak memory: one block's weights, its statistics, the activations between blocks, and what one solve needs.
+Peak memory: one block's weights, its statistics, the activations between blocks, and what one solve needs. The experts
+of a mixture are solved one after the other, each with its own statistics (experts.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from halfbyte.algo import Stats, dequantize
 from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
-from halfbyte.engine.importance import Importance, every_token, first_token
+from halfbyte.engine.experts import ExpertInputs
+from halfbyte.engine.importance import EXPERTS, Importance, every_token, first_token
 from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.engine.solving import Job, Solving
@@ -27,7 +30,7 @@ from halfbyte.engine.workers import Here, Seat, Workers
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
-from halfbyte.types import LinearGroup, Progress, Quiet
+from halfbyte.types import Progress, Quiet
 
 ALGORITHM_VERSION = 4
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
@@ -76,7 +79,9 @@ def solve_part(seat: Seat, part: Part) -> list[BlockResult | Exception]:
     for recipe, schemes in part.wanted:
         started = time.monotonic()
         try:
-            one = solve_block(recipe, part.family, part.block, schemes, part.tensors, part.stats, part.factors)
+            one = solve_block(
+                recipe, part.family, part.block, schemes, part.tensors, part.stats, part.factors, part.groups
+            )
             one.seconds = time.monotonic() - started
             results.append(one)
         except Exception as error:
@@ -177,14 +182,18 @@ class _Pass:
         waiting = [j for j in self.jobs if not j.done(index)]
         propagate = self.jobs[0].recipe.propagate
         if waiting or propagate:
-            needed = self._needed(index, waiting or list(self.jobs))
-            with Collectors(block, needed, self.skeleton.device) as collectors:
+            collectors, experts = self._watched(index, block, waiting or list(self.jobs))
+            with ExitStack() as stack:
+                stack.enter_context(collectors)
+                if experts:
+                    stack.enter_context(experts)
                 for i, x in enumerate(hidden):
-                    collectors.expect(keeps[i], self._counts(index, needed, i, x))
+                    self._expect(index, i, tuple(x.shape[:2]), keeps[i], collectors, experts)
                     out = call(block, x, kwargs[i])
                     if not propagate:
                         hidden[i] = out
-            results = self.solving.solve(index, waiting or list(self.jobs), self._tensors(block), collectors.stats())
+            jobs, tensors = waiting or list(self.jobs), self._tensors(block)
+            results = self.solving.solve(index, jobs, tensors, collectors.stats(), experts)
             if propagate:
                 self._replace(block, index, results[0])
         if propagate or not waiting:
@@ -192,15 +201,31 @@ class _Pass:
                 hidden[i] = call(block, x, kwargs[i])
         self.skeleton.drop_block(index)
 
-    def _counts(
-        self, index: int, groups: Iterable[LinearGroup], batch: int, x: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        weights = self.importance.weights
-        return {g.kind: weights((index, g.kind), batch, tuple(x.shape[:2])).to(x.device) for g in groups}
+    def _watched(self, index: int, block: nn.Module, jobs: Sequence[Job]) -> tuple[Collectors, ExpertInputs | None]:
+        """What collects the statistics that `jobs` need of a block."""
+        prefix, mixture = self.family.block(index) + ".", self.family.mixture(index)
+        needed = [g for g in self.family.groups_of(index) if any(prefix + g.names[0] in j.schemes for j in jobs)]
+        plain = {g: self.gram for g in needed if g.expert is None}
+        experts = None
+        if mixture and len(plain) < len(needed):
+            module: Any = block.get_submodule(mixture.experts)
+            experts = ExpertInputs(module, self.gram)
+        return Collectors(block, plain, self.skeleton.device, mixture), experts
 
-    def _needed(self, index: int, jobs: Sequence[Job]) -> dict[LinearGroup, bool]:
-        prefix = self.family.block(index) + "."
-        return {g: self.gram for g in self.family.groups if any(prefix + g.names[0] in j.schemes for j in jobs)}
+    def _expect(
+        self,
+        index: int,
+        batch: int,
+        shape: tuple[int, ...],
+        keep: torch.Tensor | None,
+        collectors: Collectors,
+        experts: ExpertInputs | None,
+    ) -> None:
+        device = self.skeleton.device
+        counts = {g.key: self.importance.of_group(index, g, batch, shape).to(device) for g in collectors.groups}
+        collectors.expect(keep, counts)
+        if experts:
+            experts.expect(keep, self.importance.weights((index, EXPERTS), batch, shape).to(device))
 
     @staticmethod
     def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:

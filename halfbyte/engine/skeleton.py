@@ -3,6 +3,8 @@
 The model is built with its parameters on the meta device. Each block is replaced by a recorder that notes the keyword
 arguments it is called with (masks, position embeddings, local or global) and hands its input on; one forward of the
 model with the recorders in place gives every block's arguments for a batch shape, without knowing the family.
+
+Parameters have the checkpoint's names: the experts of a mixture are linears of their own (models/experts.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import Checkpoint, Family, family_of
+from halfbyte.models import Checkpoint, Family, family_of, unfuse
 
 
 class _Recorder(nn.Module):
@@ -47,6 +49,7 @@ class Skeleton:
         except Exception as error:  # transformers may raise anything for a config that makes no sense
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise HalfbyteError(f"{checkpoint.path}/config.json describes no model: {reason}") from error
+        unfuse(model, self.family)
         self.model: nn.Module = model.eval()
         self.inner: nn.Module = model.model
         self.blocks: list[nn.Module] = list(self.inner.layers)

@@ -207,7 +207,8 @@ class Tuner:
 
     def _train_linear(self, name: str, weight: nn.Parameter) -> None:
         q = self.linears[name]
-        assert weight.grad is not None
+        if weight.grad is None:
+            return  # an expert that no token of this step went to
         power = (weight.grad * weight.detach()).unflatten(1, (-1, q.group_size)).sum(-1, dtype=torch.float32)
         self.scales[name].step(power, self.count, self.rate * dict(self.schedule.scale_rate)[q.grid])
         self.weights[name] = self._weight(name)

@@ -1,42 +1,47 @@
 """How far a 4-bit model is from its BF16 baseline, token by token: perplexity, KL divergence, top-1 agreement.
 
-Both models read the same batches. Every figure carries a bootstrap interval, and beside it stands the noise
-floor: the baseline against itself in other shapes, below which no difference means anything.
+Every figure carries a bootstrap interval, and beside it stands the noise floor: the baseline against itself in other
+shapes, below which no difference means anything.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate import bootstrap
-from halfbyte.evaluate.scoring import logits_of, pair_statistics, scored_positions
-from halfbyte.evaluate.windows import Windows, batches
+from halfbyte.evaluate import bootstrap, breakdown
+from halfbyte.evaluate.windows import Windows
 from halfbyte.files import make_directory, write_json
-from halfbyte.types import Progress, Quiet
 
 EVAL = "eval.json"
-NOISE_TOKENS = 2048
-"""Tokens that the noise floor is measured on."""
 QUANTILES = {"kl_median": 0.5, "kl_p99": 0.99, "kl_p999": 0.999}
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, arrays [N]: log-likelihoods and KL in nats (float32), top1 (bool), window, position (int64)."""
+    """Per scored token, arrays [N]: log-likelihoods and KL in nats (float32), top1 (bool), ids (int64): the token, the
+    most likely one of each model; window, position (int64). `shares` [N, 4] as `token_statistics` gives them.
+    """
 
     loglik_baseline: np.ndarray
     loglik: np.ndarray
     kl: np.ndarray
     top1: np.ndarray
+    token: np.ndarray
+    top_baseline: np.ndarray
+    top: np.ndarray
+    shares: np.ndarray
     window: np.ndarray
     position: np.ndarray
+
+    @property
+    def flips(self) -> np.ndarray:
+        """bool [N]: exactly one of the models finds the text's own token the most likely."""
+        return (self.top_baseline == self.token) != (self.top == self.token)
 
     def save(self, path: Path | str) -> None:
         """All arrays into one compressed .npz file."""
@@ -53,8 +58,8 @@ class Fidelity:
     windows: Windows
     seconds: float
 
-    def result(self, model: str, baseline: str) -> dict[str, Any]:
-        """The content of eval.json."""
+    def result(self, model: str, baseline: str, tokenizer: Any = None) -> dict[str, Any]:
+        """The content of eval.json. `tokenizer` writes the worst tokens out; without it they are shown by their ids."""
         return {
             "schema": 1,
             "kind": "eval",
@@ -63,51 +68,14 @@ class Fidelity:
             "text": self.windows.describe(),
             "metrics": self.metrics,
             "noise_floor": self.noise_floor,
+            "by_position": breakdown.by_position(self.scores),
+            "by_confidence": breakdown.by_confidence(self.scores),
+            "kl_histogram": breakdown.kl_histogram(self.scores.kl),
+            "worst": breakdown.worst(self.scores, self.windows.ids, tokenizer),
             "self_generated": self.windows.self_generated,
             "seconds": round(self.seconds, 3),
             "confidence": bootstrap.CONFIDENCE,
         }
-
-
-def compare(
-    baseline: Any,
-    model: Any,
-    windows: Windows,
-    *,
-    batch_tokens: int = 1024,
-    progress: Progress | None = None,
-    seed: int = 0,
-    noise_tokens: int = NOISE_TOKENS,
-) -> Fidelity:
-    """Score `model` against `baseline` (transformers causal LMs in eval mode, one vocabulary) on `windows`.
-
-    batch_tokens    tokens a batch, padding included; both models' logits of one batch are held at a time.
-    noise_tokens    how many tokens' windows the noise floor takes (two runs of the baseline more for these).
-    Raises HalfbyteError when the vocabularies differ or a model gives NaN.
-    """
-    progress = progress or Quiet()
-    started = time.monotonic()
-    progress.start("comparing with the baseline", len(windows))
-    scores = _score(baseline, model, windows, batch_tokens, progress)
-    noise = noise_floor(baseline, windows.first(enough(windows, noise_tokens)), batch_tokens, progress)
-    return Fidelity(scores, summary(scores, seed), noise, windows, time.monotonic() - started)
-
-
-def noise_floor(
-    baseline: Any, windows: Windows, batch_tokens: int = 1024, progress: Progress | None = None
-) -> dict[str, Any]:
-    """The baseline against itself: whole windows in batches, and each alone in two pieces through the KV cache."""
-    progress = progress or Quiet()
-    progress.start("measuring the noise floor", len(windows))
-    scores = _score(baseline, None, windows, batch_tokens, progress)
-    gap = scores.loglik_baseline.astype(np.float64) - scores.loglik
-    return {
-        "kl_mean": float(scores.kl.mean(dtype=np.float64)),
-        "top1": float(scores.top1.mean()),
-        "ppl_ratio": float(np.exp(gap.mean())),
-        "how": f"baseline against itself on {len(windows)} windows: batched whole, and alone in two pieces "
-        "through the key-value cache",
-    }
 
 
 def summary(scores: TokenScores, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -122,6 +90,7 @@ def summary(scores: TokenScores, seed: int = 0) -> dict[str, dict[str, float]]:
         "gap": gap,
         "kl": scores.kl,
         "top1": scores.top1,
+        "flips": scores.flips,
     }
     for name, values in columns.items():
         exact = values.astype(np.float64)
@@ -137,6 +106,7 @@ def summary(scores: TokenScores, seed: int = 0) -> dict[str, dict[str, float]]:
         "ppl_ratio": metric("gap", np.exp),
         "kl_mean": metric("kl"),
         "top1": metric("top1"),
+        "flips": metric("flips"),
         "loglik_gap": metric("gap"),
     }
     drawn = bootstrap.quantile_replicates(scores.kl, unit, counts, tuple(QUANTILES.values()))
@@ -145,34 +115,12 @@ def summary(scores: TokenScores, seed: int = 0) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_result(directory: Path | str, fidelity: Fidelity, model: str, baseline: str) -> Path:
+def write_result(directory: Path | str, fidelity: Fidelity, model: str, baseline: str, tokenizer: Any = None) -> Path:
     """Write eval.json (whole or not at all) into `directory`; returns its path."""
     path = Path(directory) / EVAL
     make_directory(path.parent)
-    write_json(path, fidelity.result(model, baseline))
+    write_json(path, fidelity.result(model, baseline, tokenizer))
     return path
-
-
-def _score(baseline: Any, model: Any, windows: Windows, batch_tokens: int, progress: Progress) -> TokenScores:
-    """Scores of every token, in the windows' order. No model: the baseline against itself in other shapes."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in TokenScores.__dataclass_fields__}
-    for members, ids in batches(windows, batch_tokens):
-        row, position = scored_positions(windows, members, ids.shape[1])
-        if not len(row):
-            progress.advance(len(members))
-            continue
-        p = logits_of(baseline, ids)
-        q = _alone(baseline, ids) if model is None else logits_of(model, ids)
-        if p.shape != q.shape:
-            raise HalfbyteError(
-                f"the models have {p.shape[-1]} and {q.shape[-1]} tokens in their vocabularies: name the BF16 original"
-            )
-        for name, values in pair_statistics(p, q, ids, row, position).items():
-            columns[name].append(values.numpy())
-        columns["window"].append(torch.tensor(members)[row].numpy())
-        columns["position"].append(position.numpy())
-        progress.advance(len(members))
-    return collected(columns)
 
 
 def collected(columns: dict[str, list[np.ndarray]]) -> TokenScores:
@@ -190,9 +138,3 @@ def enough(windows: Windows, tokens: int) -> int:
     """How many of the first windows hold `tokens` tokens (all of them, where they hold fewer)."""
     held = np.cumsum([len(ids) for ids in windows.ids])
     return min(len(windows), int(np.searchsorted(held, tokens)) + 1)
-
-
-def _alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of each row by itself, in two pieces of uneven length."""
-    split = max(1, ids.shape[1] * 2 // 5) if ids.shape[1] > 1 else 0
-    return torch.cat([logits_of(model, one.unsqueeze(0), split) for one in ids])

@@ -1,8 +1,11 @@
-"""The BF16 side of the comparison, computed once and kept on disk for any number of quantized models.
+"""The BF16 side of the comparison, computed once for any number of quantized models.
 
-A directory: windows.safetensors (the tokens and which of them count), batch-NNNNN.safetensors (`logits`, one row of
-the vocabulary for each scored token, in the model's own dtype, so that nothing is lost), and reference.json, last.
-It takes scored tokens x vocabulary x 2 bytes. Comparing with it gives the very figures of `compare`.
+What is kept is not the logits but what the model's head reads: a hidden state for each scored token, in the model's own
+dtype, and the head itself. The logits come from them by one matrix product, the very one that the model does, so that
+nothing is lost: 1,152 bytes a token for SmolLM2-135M instead of 98,304, 8 KiB instead of 250 for Llama-3-8B.
+
+On disk: reference.safetensors (the tokens and which of them count, `hidden` [N, D] in the order of the batches, the
+head) and reference.json, last. Comparing with it gives the very figures of `compare`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,37 +25,60 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.fidelity import NOISE_TOKENS, Fidelity, TokenScores, collected, enough, noise_floor, summary
-from halfbyte.evaluate.scoring import logits_of, pair_statistics, scored_positions
+from halfbyte.evaluate.fidelity import Fidelity, TokenScores, collected, enough, summary
+from halfbyte.evaluate.scoring import Head, hidden_of, hidden_statistics, scored_positions
 from halfbyte.evaluate.windows import Windows, batches
 from halfbyte.files import make_directory, write_json, write_tensors
 from halfbyte.models.checkpoint import read_json
 from halfbyte.types import Progress, Quiet
 
-RESULT = "reference.json"
+TENSORS, RESULT = "reference.safetensors", "reference.json"
 BATCH_TOKENS = 1024
+NOISE_TOKENS = 2048
+"""Tokens that the noise floor is measured on."""
+VERSION = 2
+"""Raised whenever what is kept changes its form."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference on disk. `facts`: reference.json (key, batch_tokens, batches, noise_floor, vocabulary, bytes)."""
+    """A baseline on windows: `hidden` [N, D] of every scored token, batch by batch, and the head that reads them.
 
-    directory: Path
+    facts   reference.json: key, batch_tokens, vocabulary, bytes, noise_floor, text
+    """
+
     windows: Windows
+    hidden: torch.Tensor
+    head: Head
     facts: dict[str, Any]
+
+    def save(self, directory: Path) -> None:
+        """Into an empty or missing directory; raises HalfbyteError where the disk refuses."""
+        windows = self.windows
+        tensors = {
+            "ids": torch.cat(windows.ids),
+            "scored": torch.cat(windows.scored).to(torch.uint8),
+            "lengths": torch.tensor([len(ids) for ids in windows.ids]),
+            "hidden": self.hidden,
+            "weight": self.head.weight.data,
+        }
+        if self.head.bias is not None:
+            tensors["bias"] = self.head.bias.data
+        write_tensors(make_directory(directory) / TENSORS, tensors)
+        write_json(directory / RESULT, {**self.facts, "cap": self.head.cap})
 
     @classmethod
     def load(cls, directory: Path) -> Reference:
-        """Read windows and facts; raises HalfbyteError where the directory holds no whole reference."""
+        """Read it back; raises HalfbyteError where the directory holds no whole reference."""
         facts = read_json(directory / RESULT)
         try:
-            tensors = load_file(directory / "windows.safetensors")
-        except (OSError, SafetensorError) as error:
+            found = load_file(directory / TENSORS)
+            lengths = found["lengths"].tolist()
+            ids, scored = list(found["ids"].split(lengths)), list(found["scored"].bool().split(lengths))
+            head = Head(found["weight"], found.get("bias"), facts["cap"])
+            return cls(Windows(ids, scored, **facts["text"]), found["hidden"], head, facts)
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise HalfbyteError(f"{directory} holds no whole reference: run the same command again") from error
-        ids = list(tensors["ids"].split(tensors["lengths"].tolist()))
-        scored = list(tensors["scored"].bool().split(tensors["lengths"].tolist()))
-        windows = Windows(ids, scored, **facts["text"])
-        return cls(directory, windows, facts)
 
 
 def reference_key(
@@ -60,8 +86,40 @@ def reference_key(
 ) -> str:
     """What names a reference: the tokens, which of them count, the model, the batches."""
     masks = hashlib.sha256(torch.cat(windows.scored).numpy().tobytes()).hexdigest()
-    parts = [1, model, windows.sha256, masks, windows.describe(), batch_tokens, noise_tokens]
+    parts = [VERSION, model, windows.sha256, masks, windows.describe(), batch_tokens, noise_tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def reference_of(
+    baseline: Any,
+    windows: Windows,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    noise_tokens: int = NOISE_TOKENS,
+    key: str = "",
+    progress: Progress | None = None,
+) -> Reference:
+    """Run `baseline` (a transformers causal LM in eval mode) on `windows`.
+
+    batch_tokens    tokens a batch, padding included.
+    noise_tokens    how many tokens' windows the noise floor takes (two runs of the baseline more for these).
+    """
+    progress = progress or Quiet()
+    progress.start("running the BF16 model, once for all", len(windows))
+    parts = []
+    for members, ids, row, position in _scored_batches(windows, batch_tokens):
+        if len(row):
+            parts.append(hidden_of(baseline, ids)[row, position - 1].cpu())
+        progress.advance(len(members))
+    if not parts:
+        raise HalfbyteError("no token to score: give longer windows")
+    noise = noise_floor(baseline, windows.first(enough(windows, noise_tokens)), batch_tokens, progress)
+    head, hidden = Head.of(baseline).to("cpu"), torch.cat(parts)
+    text = {"source": windows.source, "window": windows.window, "stride": windows.stride}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (hidden, head.weight))
+    facts = {"schema": 1, "kind": "reference", "key": key, "batch_tokens": batch_tokens, "noise_floor": noise}
+    facts |= {"bytes": size, "vocabulary": len(head.weight)}
+    return Reference(windows, hidden, head, {**facts, "text": {**text, "self_generated": windows.self_generated}})
 
 
 def make_reference(
@@ -80,29 +138,25 @@ def make_reference(
     model   names it (its fingerprint and where it runs): part of the key under which the reference is found again
     """
     key = reference_key(windows, model, batch_tokens, noise_tokens)
-    if (directory / RESULT).is_file() and read_json(directory / RESULT).get("key") == key:
-        return Reference.load(directory)
+    there = found(directory, key)
+    if there is not None:
+        return there
     shutil.rmtree(directory, ignore_errors=True)
-    make_directory(directory)
-    progress = progress or Quiet()
-    baseline = load()
-    progress.start("running the BF16 model, once for all", len(windows))
-    count = size = vocabulary = 0
-    for number, (members, ids) in enumerate(batches(windows, batch_tokens)):
-        row, position = scored_positions(windows, members, ids.shape[1])
-        rows = logits_of(baseline, ids)[row, position - 1]
-        write_tensors(directory / _batch(number), {"logits": rows})
-        count, size, vocabulary = number + 1, size + rows.numel() * rows.element_size(), rows.shape[-1]
-        progress.advance(len(members))
-    noise = noise_floor(baseline, windows.first(enough(windows, noise_tokens)), batch_tokens, progress)
-    lengths = torch.tensor([len(ids) for ids in windows.ids])
-    tensors = {"ids": torch.cat(windows.ids), "scored": torch.cat(windows.scored).to(torch.uint8), "lengths": lengths}
-    write_tensors(directory / "windows.safetensors", tensors)
-    text = {"source": windows.source, "window": windows.window, "stride": windows.stride}
-    facts = {"schema": 1, "kind": "reference", "key": key, "batch_tokens": batch_tokens, "batches": count}
-    facts |= {"bytes": size, "vocabulary": vocabulary, "noise_floor": noise}
-    write_json(directory / RESULT, {**facts, "text": {**text, "self_generated": windows.self_generated}})
-    return Reference.load(directory)
+    made = reference_of(
+        load(), windows, batch_tokens=batch_tokens, noise_tokens=noise_tokens, key=key, progress=progress
+    )
+    made.save(directory)
+    return made
+
+
+def found(directory: Path, key: str) -> Reference | None:
+    """The whole reference that a directory holds under this key, if it does."""
+    try:
+        if (directory / RESULT).is_file() and read_json(directory / RESULT).get("key") == key:
+            return Reference.load(directory)
+    except HalfbyteError:
+        pass  # damaged: it is made again
+    return None
 
 
 def compare_with_reference(
@@ -120,20 +174,61 @@ def compare_with_reference(
     """
     progress, windows, started = progress or Quiet(), reference.windows, time.monotonic()
     progress.start(label, len(windows))
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in TokenScores.__dataclass_fields__}
-    for number, (members, ids) in enumerate(batches(windows, reference.facts["batch_tokens"])):
-        row, position = scored_positions(windows, members, ids.shape[1])
+    p, q = reference.head.to(model.device), Head.of(model)
+    columns, at = _columns(), 0
+    for members, ids, row, position in _scored_batches(windows, reference.facts["batch_tokens"]):
         if len(row):
-            p = _rows(reference, number)
-            q = logits_of(model, ids)[row, position - 1]
-            for name, values in _statistics(p, q, ids[row, position]).items():
-                columns[name].append(values.numpy())
-            columns["window"].append(torch.tensor(members)[row].numpy())
-            columns["position"].append(position.numpy())
+            hp = reference.hidden[at : at + len(row)].to(model.device)
+            hq = hidden_of(model, ids)[row, position - 1]
+            _add(columns, hidden_statistics(p, hp, q, hq, ids[row, position]), members, row, position)
+            at += len(row)
         progress.advance(len(members))
     scores = collected(columns)
     noise = reference.facts["noise_floor"]
     return Fidelity(scores, summary(scores, seed), noise, windows, time.monotonic() - started)
+
+
+def compare(
+    baseline: Any,
+    model: Any,
+    windows: Windows,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+    seed: int = 0,
+    noise_tokens: int = NOISE_TOKENS,
+) -> Fidelity:
+    """Score `model` against `baseline` (transformers causal LMs in eval mode, one vocabulary) on `windows`.
+
+    Raises HalfbyteError when the vocabularies differ or a model gives NaN.
+    """
+    started = time.monotonic()
+    reference = reference_of(baseline, windows, batch_tokens=batch_tokens, noise_tokens=noise_tokens, progress=progress)
+    done = compare_with_reference(reference, model, progress=progress, seed=seed)
+    return Fidelity(done.scores, done.metrics, done.noise_floor, windows, time.monotonic() - started)
+
+
+def noise_floor(
+    baseline: Any, windows: Windows, batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The baseline against itself: whole windows in batches, and each alone in two pieces through the KV cache."""
+    progress = progress or Quiet()
+    progress.start("measuring the noise floor", len(windows))
+    head, columns = Head.of(baseline), _columns()
+    for members, ids, row, position in _scored_batches(windows, batch_tokens):
+        if len(row):
+            hp, hq = (hidden[row, position - 1] for hidden in (hidden_of(baseline, ids), _alone(baseline, ids)))
+            _add(columns, hidden_statistics(head, hp, head, hq, ids[row, position]), members, row, position)
+        progress.advance(len(members))
+    scores = collected(columns)
+    gap = scores.loglik_baseline.astype(np.float64) - scores.loglik
+    return {
+        "kl_mean": float(scores.kl.mean(dtype=np.float64)),
+        "top1": float(scores.top1.mean()),
+        "ppl_ratio": float(np.exp(gap.mean())),
+        "how": f"baseline against itself on {len(windows)} windows: batched whole, and alone in two pieces "
+        "through the key-value cache",
+    }
 
 
 def window_sums(scores: TokenScores) -> dict[str, list[float]]:
@@ -150,24 +245,30 @@ def window_sums(scores: TokenScores) -> dict[str, list[float]]:
     }
 
 
-def _statistics(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """pair_statistics of rows that are gathered already: p, q [N, V], the N tokens that they predict."""
-    if p.shape != q.shape:
-        raise HalfbyteError(
-            f"the models have {p.shape[-1]} and {q.shape[-1]} tokens in their vocabularies: name the BF16 original"
-        )
-    position = torch.arange(1, len(tokens) + 1)
-    ids = torch.cat([tokens.new_zeros(1), tokens])
-    return pair_statistics(p[None], q[None], ids[None], torch.zeros_like(position), position)
+def _scored_batches(
+    windows: Windows, batch_tokens: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches as `batches` gives them, with row and position of the tokens that count."""
+    for members, ids in batches(windows, batch_tokens):
+        yield members, ids, *scored_positions(windows, members, ids.shape[1])
 
 
-def _rows(reference: Reference, number: int) -> torch.Tensor:
-    file = reference.directory / _batch(number)
-    try:
-        return load_file(file)["logits"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise HalfbyteError(f"{file} is missing or damaged: delete its directory and run the same command") from error
+def _columns() -> dict[str, list[np.ndarray]]:
+    return {name: [] for name in TokenScores.__dataclass_fields__}
 
 
-def _batch(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"
+def _add(
+    columns: dict[str, list[np.ndarray]],
+    statistics: dict[str, torch.Tensor],
+    members: list[int],
+    row: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    for name, values in {**statistics, "window": torch.tensor(members)[row], "position": position}.items():
+        columns[name].append(values.numpy())
+
+
+def _alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the head reads of each row by itself, in two pieces of uneven length."""
+    split = max(1, ids.shape[1] * 2 // 5) if ids.shape[1] > 1 else 0
+    return torch.cat([hidden_of(model, one.unsqueeze(0), split) for one in ids])

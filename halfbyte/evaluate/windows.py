@@ -14,6 +14,10 @@ from halfbyte.calibration.store import tokens_sha256
 from halfbyte.calibration.tokens import Tokenizer
 from halfbyte.errors import HalfbyteError, UsageError
 
+SHORTEST = 256
+"""Tokens of the shortest windows of mixed lengths."""
+MIXED_TOKENS = 50_000
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -78,13 +82,10 @@ def text_windows(
     only their last `stride` tokens are scored, so that no token counts twice.
     Raises UsageError for impossible sizes, HalfbyteError when the text has too few tokens.
     """
-    files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     step = window if stride is None else stride
     if window < 2 or not 1 <= step <= window:
         raise UsageError(f"window {window} and stride {step} do not fit: use 1 <= stride <= window, window >= 2")
-    documents = read_documents(files, tokenizer, portion)
-    head = leading_special(tokenizer)
-    stream = text_ids(tokenizer, ["".join(document.text for document in documents)])[0]
+    names, stream, head = _stream(paths, tokenizer, portion)
     body = window - len(head)
     if body < 1:
         raise UsageError(f"window {window} leaves no room for text: use a longer one")
@@ -104,7 +105,45 @@ def text_windows(
         mask = torch.ones(window, dtype=torch.bool)
         mask[: max(1, len(head)) if index == 0 else max(1, window - step)] = False
         scored.append(mask)
-    return Windows(ids, scored, ", ".join(path.name for path in files), window, step)
+    return Windows(ids, scored, names, window, step)
+
+
+def mixed_windows(
+    paths: Sequence[Path | str] | Path | str, tokenizer: Tokenizer, *, tokens: int = MIXED_TOKENS, longest: int
+) -> Windows:
+    """About `tokens` tokens of the token stream of text or JSONL files in windows of lengths that double, up to
+    `longest` where so many tokens allow for that; each length has the same share of the tokens (`doubling`).
+
+    The windows follow each other in the stream, short ones first; every token but their first is scored.
+    Raises UsageError for impossible sizes, HalfbyteError when the text has too few tokens.
+    """
+    names, stream, head = _stream(paths, tokenizer, (0.0, 1.0))
+    lengths = doubling(tokens, longest)
+    need = sum(lengths) - len(lengths) * len(head)
+    if len(stream) < need:
+        raise HalfbyteError(
+            f"too few tokens to evaluate on: the text gives {len(stream):,}, {len(lengths)} windows of up to "
+            f"{lengths[-1]} tokens need {need:,}: give more text, or fewer --tokens"
+        )
+    ids, scored, at = [], [], 0
+    for length in lengths:
+        body = length - len(head)
+        ids.append(torch.tensor(head + stream[at : at + body]))
+        scored.append(torch.arange(length) >= max(1, len(head)))
+        at += body
+    return Windows(ids, scored, names, lengths[-1], lengths[-1])
+
+
+def doubling(tokens: int, longest: int) -> list[int]:
+    """Window lengths, ascending, that sum up to about `tokens`: SHORTEST and its doubles up to `longest`, each with the
+    same share of the tokens, and no length that its share would not fill once."""
+    if longest < 2 or tokens < 2:
+        raise UsageError(f"{tokens} tokens in windows of up to {longest} do not fit: both must be 2 or more")
+    classes = [min(SHORTEST, longest, tokens)]
+    while classes[-1] < longest and min(2 * classes[-1], longest) * (len(classes) + 1) <= tokens:
+        classes.append(min(2 * classes[-1], longest))
+    share = tokens // len(classes)
+    return [length for length in classes for _ in range(max(1, round(share / length)))]
 
 
 def set_windows(written: CalibrationSet, *, source: str = "self-generated", start: int = 0) -> Windows:
@@ -137,3 +176,13 @@ def batches(windows: Windows, batch_tokens: int) -> Iterator[tuple[list[int], to
             padded[row, : len(windows.ids[index])] = windows.ids[index]
         yield members, padded
         at += len(members)
+
+
+def _stream(
+    paths: Sequence[Path | str] | Path | str, tokenizer: Tokenizer, portion: tuple[float, float]
+) -> tuple[str, list[int], list[int]]:
+    """The files' names, their token stream as one text, and what the tokenizer puts before a text."""
+    files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    documents = read_documents(files, tokenizer, portion)
+    stream = text_ids(tokenizer, ["".join(document.text for document in documents)])[0]
+    return ", ".join(path.name for path in files), stream, leading_special(tokenizer)

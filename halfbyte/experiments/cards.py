@@ -1,19 +1,25 @@
-"""The model card of every judged cell."""
+"""Model cards: what a card takes from a directory of results, and the card of every judged cell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.artifact import model_card
+from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.cells import Cell
 from halfbyte.files import write_text
+from halfbyte.models.checkpoint import read_json
 from halfbyte.plan import variant_of
-from halfbyte.platforms import Platform
+from halfbyte.platforms import Platform, list_platforms, load_platform
 from halfbyte.recipe import Recipe
 from halfbyte.serving import serve_command
+
+MEASURED = ("tasks", "long_context", "bench", "stability")
+"""Results that a run may have besides fidelity, by the names of their files."""
 
 
 def write_cards(
@@ -32,6 +38,22 @@ def write_cards(
         directory = place / row["path"]
         lines = {p.name: _command(directory, recipe, p) for p in platforms if not row["platforms"][p.name]}
         write_text(directory / "README.md", model_card(manifests[row["name"]], row["eval"], None, row["gates"], lines))
+
+
+def card_results(place: Path | None) -> dict[str, Any]:
+    """The results in a directory, by the names that `model_card` gives them; what is not there is left out."""
+    names = {"evaluation": "eval"} | {n: n for n in ("served", "gates", *MEASURED)}
+    files = {name: place / f"{file}.json" for name, file in names.items()} if place is not None else {}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+
+
+def commands_here(directory: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Serve commands that name the artifact as `.`, for every platform that can serve it."""
+    recipe, found = Recipe.model_validate(manifest["recipe"]), {}
+    for name in list_platforms():
+        with suppress(HalfbyteError):
+            found[name] = _command(directory, recipe, load_platform(name))
+    return found
 
 
 def _command(directory: Path, recipe: Recipe, platform: Platform) -> str:

@@ -155,7 +155,7 @@ def part_keys(cell: Cell, family: Family, data: str) -> dict[int, list[PartKey]]
     options = solve_options(cell.recipe)
     found: dict[int, list[PartKey]] = {}
     for block in range(family.num_blocks):
-        for kinds in parts_of(family, cell.recipe):
+        for kinds in parts_of(family, cell.recipe, block):
             schemes = tuple(cell.schemes.get(name) for name in part_names(family, block, kinds))
             if any(schemes):
                 found.setdefault(block, []).append((data, options, block, kinds, schemes))
@@ -169,7 +169,14 @@ def part_names(family: Family, block: int, kinds: Sequence[str]) -> list[str]:
     """Full names of a part's linears."""
     if block == HEAD:
         return [family.lm_head]
-    return [f"{family.block(block)}.{name}" for g in family.groups if g.kind in kinds for name in g.names]
+    held = set(kinds)
+    return [f"{family.block(block)}.{name}" for g in family.groups_of(block) if g.key in held for name in g.names]
+
+
+def block_content(cell: Cell, parts: Sequence[PartKey]) -> tuple[Any, ...]:
+    """What decides the bytes of a block's file: the format, and its parts."""
+    assert cell.recipe is not None
+    return (cell.recipe.format, cell.recipe.activations, tuple(parts))
 
 
 def content_key(cell: Cell, data: str) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def group_rows(prints: Sequence[Footprint]) -> list[dict[str, Any]]:
                 "group": fused,
                 "names": [m.plan.name for m in members],
                 "block": plan.block,
-                "kind": plan.kind,
+                "kind": plan.kind if len({m.plan.kind for m in members}) == 1 else "experts",
                 "scheme": {"grid": scheme.grid, "group_size": scheme.group_size},
                 "weights": sum(m.parameters for m in members),
                 "bytes": sum(m.after for m in members),
@@ -75,7 +75,7 @@ def choose_exemptions(result: Mapping[str, Any], budget: float) -> dict[str, Any
             taken.append(group)
             left -= group["bytes_added"]
     taken.sort(key=lambda g: g["order"])
-    names = [name for group in taken for name in group["names"]]
+    names = [name for group in taken for name in _spelled(group)]
     return {
         "bits": budget,
         "bits_before": bits_of(groups, set()),
@@ -87,6 +87,12 @@ def choose_exemptions(result: Mapping[str, Any], budget: float) -> dict[str, Any
         "kl_sum": sum(g["kl"] for g in groups),
         "recipe": {**result["recipe"], "ignore": [*result["recipe"]["ignore"], *names]},
     }
+
+
+def _spelled(group: Mapping[str, Any]) -> list[str]:
+    """A group as `ignore` names it: the module of experts, else its linears."""
+    whole = group["group"]
+    return [whole] if all(name.startswith(f"{whole}.") for name in group["names"]) else group["names"]
 
 
 def recipe_text(chosen: Mapping[str, Any]) -> str:

@@ -1,104 +1,41 @@
-"""Gates: the quality budget as data, judged on the unfavourable end of each confidence interval.
+"""Gates: the quality budget as data (gates.yaml), judged on the unfavourable end of each confidence interval.
 
 A gate passes when even the worst end of the interval keeps the limit, so that luck cannot pass it; what was
-not measured never passes. Limits and values of `ppl` are fractions of increase (0.05 is +5 %), of `top1`
-fractions of tokens, of `kl`, `kl_p99` and `gap` nats a token.
+not measured never passes. A gate that the user states is required; so is one that holds by default and whose
+measurement was asked for. A default gate that nothing was measured for does not block, but the verdict names it.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from halfbyte.errors import UsageError
+from halfbyte.experiments.gate_kinds import Gate, Part, default_gates, kinds, parse_gate, spell
+from halfbyte.experiments.gate_readers import Reading, Results, finite, read, serves_fp8, worst
 
-DEFAULT_GATES = ("ppl=+5%", "top1=90%")
-"""The strategy's example for perplexity; nine in ten next tokens the same, which 4-bit models of 7B and more reach."""
-OFF = ("off", "none")
+__all__ = ["DEFAULT_GATES", "Gate", "evaluate_gates", "parse_gate", "resolve_gates", "shortfall", "verdict_text"]
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a gate's name means. `shift` is taken from the metric: a ratio of 1.05 is an increase of 0.05."""
-
-    metric: str
-    label: str
-    unit: str
-    at_least: bool = False
-    shift: float = 0.0
-    signed: bool = False
-
-
-KINDS = {
-    "ppl": Kind("ppl_ratio", "perplexity against BF16", "%", shift=1.0, signed=True),
-    "top1": Kind("top1", "same most likely next token as BF16", "%", at_least=True),
-    "kl": Kind("kl_mean", "mean KL divergence from BF16", "nats"),
-    "kl_p99": Kind("kl_p99", "KL divergence of the worst 1 % of tokens", "nats"),
-    "gap": Kind("loglik_gap", "log-likelihood lost on text", "nats"),
-}
-STRUCTURAL = {
-    "check": "the files are whole and dequantize right",
-    "served": "vLLM loads it and scores as the reference",
-}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One limit. `limit` None: a structural gate (check, served), or with `off` a default that is dropped."""
-
-    name: str
-    limit: float | None
-    off: bool = False
-
-    def spell(self) -> str:
-        """The limit as the user writes it: +5%, 90%, 0.1."""
-        if self.off:
-            return "off"
-        return "yes" if self.limit is None else _spell(KINDS[self.name], self.limit)
-
-
-def parse_gate(text: str) -> Gate:
-    """A gate from `ppl=+5%`, `top1=90%`, `kl=0.1`, `served` or `top1=off`. Raises UsageError in one line."""
-    name, equals, limit = (part.strip() for part in text.partition("="))
-    if name not in KINDS and name not in STRUCTURAL:
-        close = difflib.get_close_matches(name, [*KINDS, *STRUCTURAL], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join([*KINDS, *STRUCTURAL])}"
-        raise UsageError(f"--gate {text}: unknown gate {name!r}: {hint}")
-    if limit in OFF:
-        return Gate(name, None, off=True)
-    if name in STRUCTURAL:
-        if limit not in ("", "yes"):
-            raise UsageError(f"--gate {text}: {name} takes no limit: write --gate {name}, or {name}=off")
-        return Gate(name, None)
-    return Gate(name, _limit(text, KINDS[name], limit if equals else ""))
-
-
-def _limit(text: str, kind: Kind, limit: str) -> float:
-    percent = limit.endswith("%")
-    example = {"ppl_ratio": "ppl=+5%", "top1": "top1=90%"}.get(kind.metric, "kl=0.1")
-    try:
-        number = float(limit.removesuffix("%")) / (100 if percent else 1)
-    except ValueError:
-        raise UsageError(f"--gate {text}: {limit!r} is no limit: write it as {example}") from None
-    is_share = kind.at_least and 0 <= number <= 1
-    right_unit = is_share or percent == (kind.unit == "%")
-    if not math.isfinite(number) or not right_unit:
-        raise UsageError(f"--gate {text}: {limit!r} is no limit for {kind.label}: write it as {example}")
-    if kind.at_least and not is_share:
-        raise UsageError(f"--gate {text}: agreement lies between 0% and 100%")
-    if number < 0:
-        raise UsageError(f"--gate {text}: a budget is not negative: write it as {example}")
-    return number
+DEFAULT_GATES = default_gates()
+ALWAYS = ("eval.json",)
+"""What every run measures."""
+BROKEN = ("check", "served")
+"""They reject without being asked."""
+VALUES = ("value", "low", "high")
+LEAST_LIMIT = 1e-3
+"""A limit of 0 counts as this much where shortfalls are compared."""
 
 
 def resolve_gates(texts: Iterable[str] = (), defaults: Iterable[str] = DEFAULT_GATES) -> list[Gate]:
-    """The default gates with the user's in their place (`ppl=+18%` replaces, `top1=off` drops, `kl=0.1` adds)."""
-    gates = {gate.name: gate for gate in map(parse_gate, defaults)}
-    gates |= {gate.name: gate for gate in map(parse_gate, texts)}
-    return [gate for gate in gates.values() if not gate.off]
+    """The default gates with the user's in their place (`ppl=+18%` replaces, `top1=off` drops, `kl=0.1` adds).
+
+    A gate at a concurrency (`speed@16=+20%`) takes the place of the default one at another.
+    """
+    stated = {gate.name: replace(gate, stated=True) for gate in map(parse_gate, texts)}
+    given = {gate.family for gate in stated.values()}
+    gates = {g.name: g for g in map(parse_gate, defaults) if g.name in stated or g.family not in given}
+    return [gate for gate in (gates | stated).values() if not gate.off]
 
 
 def evaluate_gates(
@@ -106,51 +43,161 @@ def evaluate_gates(
     evaluation: Mapping[str, Any] | None,
     check: Mapping[str, Any] | None = None,
     served: Mapping[str, Any] | None = None,
+    *,
+    results: Results | None = None,
+    asked: Collection[str] = ALWAYS,
+    why: Mapping[str, str] | None = None,
+    tried: str = "",
 ) -> dict[str, Any]:
     """gates.json: each gate judged on eval.json (and check.json, served.json where given), and the verdict.
 
-    A check or a served score that failed rejects even when no gate asks for it. `accepted`: all passed;
-    `rejected`: one failed; `incomplete`: none failed, but one was not measured (or there is none at all).
+    results   the other result files' contents by file name (tasks.json, bench.json, plan.json, …)
+    asked     files whose measurement was asked for: a default gate on one of them is required
+    why       by file: why it is not there
+    tried     what was done already to mend it, as a sentence: it then stands in the place of advice
+
+    A check or a served score that failed rejects even when no gate asks for it. `accepted`: all that are required
+    passed, and there is one; `rejected`: one failed; `incomplete`: none failed, but one that is required was not
+    measured (or nothing was).
     """
     gates = list(gates)
-    rows = [_judge(gate, evaluation) for gate in gates if gate.name in KINDS]
-    asked = {gate.name for gate in gates}
-    for name, row in (("check", _check_row(check)), ("served", _served_row(served))):
-        if name in asked or row["status"] == "failed":
+    known: dict[str, Any] = {"eval.json": evaluation, "check.json": check, "served.json": served, **(results or {})}
+    rows = [row for gate in gates for row in _rows(gate, known, asked, why or {})]
+    named = {gate.name for gate in gates}
+    for name in BROKEN:
+        row = _rows(Gate(name, None), known, (), {})[0]
+        if name not in named and row["status"] == "failed":
             rows.append(row)
     failed = [row for row in rows if row["status"] == "failed"]
+    missing = [row for row in rows if row["status"] == "not measured" and row["required"]]
     passed = [row for row in rows if row["status"] == "passed"]
-    verdict = "rejected" if failed else "accepted" if rows and len(passed) == len(rows) else "incomplete"
+    verdict = "rejected" if failed else "accepted" if passed and not missing else "incomplete"
     result = {"schema": 1, "kind": "gates", "verdict": verdict, "gates": rows}
-    return {**result, "text": verdict_text(result, check, served)}
+    return {**result, "text": verdict_text(result, check, served, tried)}
+
+
+def _rows(gate: Gate, results: Results, asked: Collection[str], why: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A gate's rows: one, or one for each of its parts that is served."""
+    fp8 = serves_fp8(results)
+    found = []
+    for suffix, part in gate.kind.pieces().items():
+        reading = read(gate, part, results)
+        if part.kv and (fp8 is False or (fp8 is None and reading.value is None)):
+            continue
+        row = _row(gate, part, reading, why.get(gate.kind.file, ""))
+        required = gate.stated or row["status"] != "not measured" or gate.kind.file in asked
+        found.append({**row, "name": f"{gate.name}:{suffix}" if suffix else gate.name, "required": required})
+    return found
+
+
+def _row(gate: Gate, part: Part, reading: Reading, why: str) -> dict[str, Any]:
+    kind, label = gate.kind, part.label.replace("{arg}", gate.argument)
+    status, told = _judge(gate, reading, why)
+    numbers = (reading.value, reading.low, reading.high) if status != "not measured" else (None, None, None)
+    row = {"name": gate.name, "limit": gate.spell(), **dict(zip(VALUES, map(finite, numbers)))}
+    row |= {"status": status, "margin": _margin(gate, reading), "text": f"{label}: {told}"}
+    return {**row, "measured_in": reading.file, "source": kind.source}
+
+
+def _judge(gate: Gate, reading: Reading, why: str) -> tuple[str, str]:
+    """(status, what to say behind the gate's label)."""
+    kind, limit = gate.kind, f"the limit is {gate.kind.keep} {gate.spell()}"
+    bound = worst(reading, kind.keep == "at least")
+    if reading.passed is not None:
+        said = reading.words or ("yes" if reading.passed else "no")
+        return "passed" if reading.passed else "failed", said
+    if gate.limit is None or reading.value is None or bound is None:
+        return "not measured", _absent(gate, reading, why)
+    passed = bound >= gate.limit if kind.keep == "at least" else bound <= gate.limit
+    status = "passed" if passed else "failed"
+    if reading.bare:
+        return status, f"{reading.words}; {limit}"
+    value, bad = spell(kind, reading.value), spell(kind, bound)
+    return status, f"{value}, at worst {bad} ({_confidence(reading.confidence)} confidence); {limit}"
+
+
+def _margin(gate: Gate, reading: Reading) -> float | None:
+    """What is left between the worse end of the interval and the limit, in the gate's unit; negative beyond it."""
+    bound = worst(reading, gate.kind.keep == "at least")
+    if gate.limit is None or bound is None:
+        return None
+    return finite(bound - gate.limit if gate.kind.keep == "at least" else gate.limit - bound)
+
+
+def shortfall(gates: Iterable[Gate], rows: Iterable[Mapping[str, Any]]) -> float:
+    """How far the failed rows are beyond their limits, each as a share of its limit, summed; 0 where none failed."""
+    limits = {gate.name: gate.limit for gate in gates}
+    total = 0.0
+    for row in rows:
+        if row["status"] != "failed":
+            continue
+        limit = limits.get(row["name"], limits.get(row["name"].partition(":")[0]))
+        if limit is None or row["margin"] is None:
+            return math.inf
+        total += -row["margin"] / max(abs(limit), LEAST_LIMIT)
+    return total
+
+
+def _absent(gate: Gate, reading: Reading, why: str) -> str:
+    if gate.kind.reader in BROKEN:
+        return reading.words
+    told = reading.words or why
+    return "not measured" + (f" {told}" if told.startswith("with ") else f" ({told})" if told else "")
 
 
 def verdict_text(
-    result: Mapping[str, Any], check: Mapping[str, Any] | None = None, served: Mapping[str, Any] | None = None
+    result: Mapping[str, Any],
+    check: Mapping[str, Any] | None = None,
+    served: Mapping[str, Any] | None = None,
+    tried: str = "",
 ) -> str:
     """The verdict in words for a reader who has never seen a gate; `check` and `served`: what is known besides."""
     rows = result["gates"]
+    open_rows = [row for row in rows if row["status"] == "not measured"]
     if result["verdict"] == "accepted":
-        return "Accepted: every gate holds even at the worse end of its confidence interval. " + _sentences(rows)
+        which = "every gate that was measured" if open_rows else "every gate"
+        passed = _sentences(row for row in rows if row["status"] == "passed")
+        head = f"Accepted: {which} holds even at the worse end of its confidence interval. {passed}"
+        return head + (f" {tried}" if tried else "") + _left_open(open_rows)
     if result["verdict"] == "rejected":
         failed = [row for row in rows if row["status"] == "failed"]
-        return "Rejected: " + _sentences(failed) + " " + _advice(failed, _soundness(check, served))
-    missing = [row["name"] for row in rows if row["status"] == "not measured"]
-    what = f"{', '.join(missing)} not measured" if missing else "there is no gate to pass"
-    return f"Incomplete: {what}, and what is not measured does not pass. Nothing measured so far failed."
+        advice = _advice(failed, _soundness(check, served), tried)
+        return f"Rejected: {_sentences(failed)} {advice}{_left_open(open_rows)}"
+    missing = [row["name"] for row in open_rows if row["required"]]
+    what = f"{', '.join(missing)} not measured" if missing else "no gate was measured"
+    rest = _left_open([row for row in open_rows if not row["required"]]) if missing else ""
+    return f"Incomplete: {what}, and what is not measured does not pass. Nothing measured so far failed.{rest}"
 
 
 def _sentences(rows: Iterable[Mapping[str, Any]]) -> str:
     return " ".join(f"{row['text'][:1].upper()}{row['text'][1:]}." for row in rows)
 
 
-def _advice(failed: list[Mapping[str, Any]], known: str) -> str:
-    if any(row["name"] in STRUCTURAL for row in failed):
-        return "Do not serve this artifact: make it again, and if that repeats, report it."
-    return (
-        f"{known} loses more than the budget allows: choose a smaller group_size, keep the "
-        "boundary blocks in BF16, calibrate on more text, or state a larger budget with --gate."
+def _left_open(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the verdict says nothing of, and how to have it measured."""
+    if not rows:
+        return ""
+    options = dict.fromkeys(o for row in rows if (o := kinds()[_family(row)].option))
+    how = f" ({', '.join(options)} of halfbyte run)" if options else ""
+    limits = [f"{row['name']} {row['limit']}" for row in rows]
+    return f" Not measured in this run, and not judged: {', '.join(limits)}{how}."
+
+
+def _family(row: Mapping[str, Any]) -> str:
+    return str(row["name"]).split("@")[0].split(":")[0]
+
+
+def _advice(failed: Sequence[Mapping[str, Any]], known: str, tried: str) -> str:
+    """What to do: nothing but to make it anew where it is broken, else a sentence for each sort of failure."""
+    broken = [row for row in failed if row["name"] in BROKEN]
+    told = [kinds()[_family(row)].advice for row in broken or failed]
+    lossy = (
+        f"{known} loses more than the budget allows: choose a smaller group_size, keep the boundary blocks in BF16, "
     )
+    lossy += "calibrate on more text, or state a larger budget with --gate."
+    if tried:
+        lossy = f"{known} loses more than the budget allows. {tried}"
+    return " ".join(dict.fromkeys(advice or lossy for advice in told))
 
 
 def _soundness(check: Mapping[str, Any] | None, served: Mapping[str, Any] | None) -> str:
@@ -161,65 +208,5 @@ def _soundness(check: Mapping[str, Any] | None, served: Mapping[str, Any] | None
     return "The artifact is sound" + (" and vLLM computes what it says" if agrees else "") + ", but it"
 
 
-def _judge(gate: Gate, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    kind = KINDS[gate.name]
-    assert gate.limit is not None
-    measured = ((evaluation or {}).get("metrics") or {}).get(kind.metric)
-    numbers = [measured.get(key) if isinstance(measured, Mapping) else None for key in ("value", "low", "high")]
-    bound = numbers[1] if kind.at_least else numbers[2]
-    if numbers[0] is None or bound is None:
-        text = f"{kind.label}: not measured{'' if numbers[0] is None else ' with a confidence interval'}"
-        return _row(gate, (None, None, None), "not measured", text)
-    value, low, high = (None if x is None else float(x) - kind.shift for x in numbers)
-    worst = float(bound) - kind.shift
-    passed = worst >= gate.limit if kind.at_least else worst <= gate.limit
-    assert value is not None
-    side = "at least" if kind.at_least else "at most"
-    text = (
-        f"{kind.label}: {_spell(kind, value)}, at worst {_spell(kind, worst)} "
-        f"({_confidence(evaluation)} confidence); the limit is {side} {gate.spell()}"
-    )
-    return _row(gate, (value, low, high), "passed" if passed else "failed", text)
-
-
-def _row(gate: Gate, numbers: tuple[float | None, ...], status: str, text: str) -> dict[str, Any]:
-    value, low, high = (x if x is not None and math.isfinite(x) else None for x in numbers)
-    row = {"name": gate.name, "limit": gate.spell(), "value": value, "low": low, "high": high}
-    return {**row, "status": status, "text": text}
-
-
-def _check_row(check: Mapping[str, Any] | None) -> dict[str, Any]:
-    if check is None:
-        return _structural_row("check", "not measured", "not checked")
-    findings = check.get("findings") or []
-    if check.get("ok"):
-        return _structural_row("check", "passed", f"yes, {check.get('tensors', 0)} tensors checked")
-    first = f", first {findings[0].get('where')}: {findings[0].get('message')}" if findings else ""
-    return _structural_row("check", "failed", f"no, {len(findings)} finding{'s' * (len(findings) != 1)}{first}")
-
-
-def _served_row(served: Mapping[str, Any] | None) -> dict[str, Any]:
-    reason = f" ({served['reason']})" if served and served.get("reason") else ""
-    if served is None or served.get("status") != "served":
-        return _structural_row("served", "not measured", f"not served{reason}")
-    difference = served.get("relative_difference")
-    apart = "" if difference is None else f", {abs(difference):.2%} apart in perplexity"
-    if served.get("passed"):
-        return _structural_row("served", "passed", f"yes{apart}")
-    return _structural_row("served", "failed", f"no{apart}{reason}")
-
-
-def _structural_row(name: str, status: str, words: str) -> dict[str, Any]:
-    return _row(Gate(name, None), (None, None, None), status, f"{STRUCTURAL[name]}: {words}")
-
-
-def _confidence(evaluation: Mapping[str, Any] | None) -> str:
-    level = (evaluation or {}).get("confidence", 0.95)
-    return f"{level:.0%}" if isinstance(level, (int, float)) else "stated"
-
-
-def _spell(kind: Kind, value: float) -> str:
-    if kind.unit == "%":
-        number = f"{100 * value:{'+' if kind.signed else ''}.2f}".rstrip("0").rstrip(".")
-        return f"{number}%"
-    return f"{value:.4g}"
+def _confidence(level: Any) -> str:
+    return f"{level:.0%}" if isinstance(level, (int, float)) and math.isfinite(level) else "stated"

@@ -25,7 +25,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows
 from halfbyte.evaluate.reference import Reference, compare_with_reference, make_reference, reference_key, window_sums
 from halfbyte.experiments.cells import Cell
-from halfbyte.experiments.quantize import load_model
+from halfbyte.experiments.quantize import load_model, load_tokenizer
 from halfbyte.files import make_directory, portable, write_json
 from halfbyte.models.checkpoint import read_json
 from halfbyte.types import Progress
@@ -61,7 +61,7 @@ def evaluate_cell(task: CellTask, progress: Progress | None = None) -> dict[str,
         "kind": "cell",
         "cell": task.cell,
         "key": task.key,
-        "eval": fidelity.result(task.artifact.name, task.baseline),
+        "eval": fidelity.result(task.artifact.name, task.baseline, load_tokenizer(task.artifact)),
         "windows": window_sums(fidelity.scores),
         "check": check,
         "seconds": round(time.monotonic() - started, 3),

@@ -19,13 +19,14 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows
 from halfbyte.evaluate.scoring import CHUNK_ELEMENTS, scored_positions
 from halfbyte.evaluate.windows import batches
-from halfbyte.models import Checkpoint
+from halfbyte.models import Checkpoint, Expert
 
 
 class LoneMeter:
     """Holds the model and what it computes on `windows`; `kl` measures it with some tensors swapped.
 
-    power     by full linear name: E||W x||^2 over the windows' tokens, without the bias (lm_head: over the scored ones)
+    power     by full linear name: E||W x||^2 over the windows' tokens, without the bias (lm_head: over the scored ones;
+              an expert's linears: over the tokens routed to it, by the square of the router's weight)
     window    int64 [N]: the window of each scored token, in the order of `kl`'s results
     Raises HalfbyteError where a tensor is missing or the model gives NaN.
     """
@@ -137,10 +138,14 @@ def _powers(model: nn.Module, linears: Any, blocks: int, sums: dict[str, float])
     state: dict[str, Any] = {}
 
     def watch(name: str, linear: nn.Module) -> Any:
+        owner = model.get_submodule(name.rpartition(".")[0])
+
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> None:
-            bias = getattr(linear, "bias", None)
-            y = (out if bias is None else out - bias)[state["keep"]]
-            sums[name] = sums.get(name, 0.0) + float(y.float().square().sum())
+            bias, keep = getattr(linear, "bias", None), state["keep"].flatten()
+            y = (out if bias is None else out - bias).flatten(0, -2)
+            if isinstance(owner, Expert):
+                y, keep = y * owner.weights[:, None], keep[owner.tokens]
+            sums[name] = sums.get(name, 0.0) + float(y[keep].float().square().sum())
 
         return linear.register_forward_hook(hook)
 

@@ -18,7 +18,7 @@ from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import BlockResult, Here, Job, Workers, quantize_blocks
 from halfbyte.engine.parts import together
 from halfbyte.errors import HalfbyteError
-from halfbyte.experiments.cells import Cell, PartKey, part_keys, part_names
+from halfbyte.experiments.cells import Cell, PartKey, block_content, part_keys, part_names
 from halfbyte.models import Checkpoint, family_of
 from halfbyte.recipe import Recipe
 from halfbyte.types import Progress, Quiet, Scheme
@@ -40,8 +40,7 @@ class Taker:
 
     def content(self, block: int) -> tuple[Any, ...]:
         """What decides the bytes of a block's file."""
-        assert self.cell.recipe is not None
-        return (self.cell.recipe.format, self.cell.recipe.activations, tuple(self.parts[block]))
+        return block_content(self.cell, self.parts[block])
 
 
 @dataclass
@@ -173,8 +172,8 @@ class SharedPass:
             if content in self.kept:
                 taker.writer.adopt(block, self.kept[content])
             else:
-                whole = together([parts[key] for key in taker.parts[block]])
-                taker.writer.emit(block, whole.linears, whole.tensors, whole.seconds, whole.notices)
+                whole = together(parts[key] for key in taker.parts[block])
+                taker.writer.emit(block, whole.linears, whole.tensors, whole.seconds, whole.notices, whole.experts)
                 self.kept[content] = taker.writer
         except Exception as error:
             taker.cell.fail("writing", error)

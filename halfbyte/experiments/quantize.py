@@ -15,10 +15,15 @@ import torch
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, Workers, quantize_blocks, work_id
+from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.experiments.blocks import BlockStore
+from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
+from halfbyte.models.licence import licence_of
+from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
@@ -39,6 +44,7 @@ def quantize(
     device: str | None = None,
     force: bool = False,
     command: str | None = None,
+    blocks: BlockStore | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
@@ -49,6 +55,7 @@ def quantize(
     calibration   a set made by `halfbyte calibrate`, or text files; None: the model writes its own text where
                   the recipe needs any
     force         give up what `output_dir` holds
+    blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
     workers       who solves while this process takes the statistics; None: this process. The bytes are the same
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
@@ -64,6 +71,7 @@ def quantize(
     output = Path(output_dir)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
+    place = _set_directory(calibration)
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
         fingerprint = checkpoint.fingerprint()
@@ -79,8 +87,12 @@ def quantize(
                 workers.open()
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
+            if blocks and data:
+                blocks.lend(writer, data.sha256)
             sequences = data.sequences if data else None
             quantize_blocks(checkpoint, [_job(writer, recipe)], sequences, device, progress=progress, workers=workers)
+            if blocks and data:
+                blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)
         except HalfbyteError:
             writer.abandon()
@@ -88,11 +100,14 @@ def quantize(
         progress.start("writing the checkpoint", 1)
         facts = {
             **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
+            "calibration_path": seen_from(output, place) if place else None,
             "notices": told,
             "resumed": resumed,
             "seconds": round(time.monotonic() - started, 3),
         }
         manifest = writer.finish(facts)
+        if place is None:
+            keep_tokens(data)
         progress.advance()
         return manifest
 
@@ -151,7 +166,9 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     """What the manifest says of the model; a directory's `path` is seen from the artifact, where that tells."""
     public = hub_id(model)
     place = None if public else seen_from(output, path)
-    return {"name": portable(model), "hub_id": public, "path": place, "sha256": fingerprint}
+    licence = licence_of(path) or (DEMO_LICENCE if model == DEMO_MODEL else None)
+    named = {"name": portable(model), "hub_id": public, "path": place}
+    return {**named, "sha256": fingerprint} | ({"license": licence} if licence else {})
 
 
 def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
@@ -167,9 +184,11 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices)
+        writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
-    return Job(recipe, quantized(writer.plans), writer.done, emit)
+    schemes = quantized(writer.plans)
+    solved = {HEAD if plan.block is None else plan.block for plan in writer.plans if plan.name in schemes}
+    return Job(recipe, schemes, lambda block: block not in solved or writer.done(block), emit)
 
 
 def calibration_for(
@@ -183,8 +202,8 @@ def calibration_for(
     recipe needs one) one that the model writes itself, kept in the cache. Raises HalfbyteError for too few tokens."""
     if isinstance(given, CalibrationSet):
         data = given
-    elif given and len(given) == 1 and Path(given[0]).is_dir():
-        data = CalibrationSet.load(given[0])
+    elif (place := _set_directory(given)) is not None:
+        data = CalibrationSet.load(place)
     elif given:
         data = build(load_tokenizer(model), recipe.calibration, sources=given, progress=progress)
     elif recipe.needs_calibration:
@@ -196,6 +215,13 @@ def calibration_for(
             f"the calibration set has {data.tokens:,} tokens: {LEAST_TOKENS:,} are the least, 65,536 a good number"
         )
     return data
+
+
+def _set_directory(given: Sequence[str | Path] | CalibrationSet | None) -> Path | None:
+    """The directory of a set that was given as one."""
+    if isinstance(given, CalibrationSet) or not given or len(given) != 1 or not Path(given[0]).is_dir():
+        return None
+    return Path(given[0])
 
 
 def self_generated(

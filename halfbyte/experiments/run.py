@@ -1,93 +1,63 @@
-"""The main job as a chain of stages: plan, calibrate, quantize, check, serve, evaluate, judge, report.
+"""The main job as a chain of stages: plan, calibrate, quantize, check, evaluate, mitigate, serve, judge, report.
 
 Each stage leaves its result in the run directory under a key made of all that it depends on. A second run finds the
-results whose keys still hold and does only the rest.
+results whose keys still hold and does only the rest. Where a gate on quality fails, the ladder of mitigations is
+climbed (climb.py) before vLLM is asked, and the stages are gone through again with the best that was found.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import halfbyte
-from halfbyte.artifact import MANIFEST, check_artifact, load_fake_quantized, model_card, read_manifest, work_of
+from halfbyte.artifact import MANIFEST, check_artifact, model_card, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet, build
-from halfbyte.engine import ALGORITHM_VERSION, work_id
+from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate import Windows, compare, compare_served, set_windows, text_windows, write_result, write_served
-from halfbyte.experiments.gates import evaluate_gates, resolve_gates
-from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize, self_generated
+from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.experiments.cards import card_results
+from halfbyte.experiments.climb import Climb
+from halfbyte.experiments.evaluating import measure_fidelity
+from halfbyte.experiments.gates import ALWAYS, evaluate_gates
+from halfbyte.experiments.ground import RunGround
+from halfbyte.experiments.measurements import Measurement, available, unavailable
+from halfbyte.experiments.mitigation import Candidate, next_step, parse_budget
+from halfbyte.experiments.quantize import load_tokenizer, quantize
+from halfbyte.experiments.stages import STATE, Stages, digest
+from halfbyte.experiments.workshop import (
+    CALIBRATION_SHARE,
+    HELD_OUT,
+    OWN_TEXT,
+    TEXT_WINDOW,
+    TEXT_WINDOWS,
+    RunRequest,
+    Workshop,
+)
 from halfbyte.files import TEMPORARY, locked, portable, write_json, write_text
-from halfbyte.models import Checkpoint, hub_id, resolve_model
+from halfbyte.models import hub_id
 from halfbyte.models.checkpoint import read_json
-from halfbyte.plan import make_plan, variant_of
-from halfbyte.platforms import Platform, load_platform
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.report import build_report
-from halfbyte.serving import find_vllm, serve_command
 from halfbyte.types import Progress, Quiet
 
-OWN_TEXT = CalibrationSpec(sequences=64, max_tokens=256, seed=0)
-"""How much a model writes to calibrate on where there is no text."""
-HELD_OUT = CalibrationSpec(sequences=64, max_tokens=256, seed=1)
-"""How much it writes to be judged on: other samples than those it was calibrated on."""
-TEXT_WINDOW = 512
-TEXT_WINDOWS = 40
-CALIBRATION_SHARE = 0.8
-"""Of the user's text: the rest is held out."""
+__all__ = [
+    "CALIBRATION_SHARE",
+    "HELD_OUT",
+    "OWN_TEXT",
+    "TEXT_WINDOW",
+    "TEXT_WINDOWS",
+    "RunRequest",
+    "artifact_baseline",
+    "own_windows",
+    "run",
+    "windows_of",
+]
 
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What `halfbyte run` was asked. `recipe` None: the plan chooses. `text` empty: the model writes its own."""
-
-    model: str
-    platforms: tuple[str, ...]
-    output: Path
-    recipe: Recipe | None = None
-    text: tuple[Path, ...] = ()
-    gates: tuple[str, ...] = ()
-    vllm: str | None = None
-    context: int | None = None
-    concurrency: int | None = None
-    device: str | None = None
-    force: bool = False
-    command: str | None = None
-
-
-@dataclass
-class _Stages:
-    """The results so far and the keys they were made under (run.json)."""
-
-    directory: Path
-    force: bool
-    keys: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
-
-    def load(self) -> None:
-        path = self.directory / "run.json"
-        if path.is_file() and not self.force:
-            state = read_json(path)
-            self.keys, self.seconds = dict(state.get("keys", {})), dict(state.get("seconds", {}))
-
-    def do(self, name: str, key: dict[str, Any], product: str, make: Callable[[], Any]) -> None:
-        """Run `make` unless its product is there under the same key."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        if self.keys.get(name) == digest and (self.directory / product).exists():
-            return
-        self.keys.pop(name, None)
-        started = time.monotonic()
-        make()
-        self.fresh.append(name)
-        self.keys[name] = digest
-        self.seconds[name] = round(time.monotonic() - started, 2)
-        write_json(self.directory / "run.json", {"schema": 1, "keys": self.keys, "seconds": self.seconds})
+PLAN, CHECK, SERVED, EVAL, GATES = (f"{name}.json" for name in ("plan", "check", "served", "eval", "gates"))
+OWN_RESULTS = (PLAN, CHECK, SERVED, EVAL)
+"""Files that every run has; gates on others need a measurement."""
 
 
 def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -110,144 +80,214 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
 
 def _take_back(directory: Path) -> None:
     """Remove a plan that nothing came of, so that a refused run leaves no directory."""
-    for name in ("plan.json", "run.json"):
+    for name in (PLAN, STATE):
         (directory / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(request: RunRequest) -> None:
     there = {p.name for p in request.output.iterdir() if p.suffix != TEMPORARY}
-    if there and not there & {"run.json", "plan.json"} and not request.force:
+    if there and not there & {STATE, PLAN} and not request.force:
         raise UsageError(f"{request.output} is not empty and holds no halfbyte run: choose another -o, or --force")
 
 
 class _Run:
     def __init__(self, request: RunRequest, progress: Progress):
+        self.budget = parse_budget(request.budget) if request.budget else None
+        self.shop = Workshop(request, progress)
         self.request, self.progress, self.out = request, progress, request.output
-        self.gates = resolve_gates(request.gates)
-        self.platforms: list[Platform] = [load_platform(name) for name in request.platforms]
-        self.has_vllm = _has_vllm(request.vllm, progress)
-        self.path = resolve_model(request.model, progress)
-        self.checkpoint = Checkpoint(self.path)
-        self.stages = _Stages(self.out, request.force)
+        self.artifact = self.shop.artifact
+        self.stages = Stages(self.out, request.force)
         self.stages.load()
-        self.artifact = self.out / "model"
-        self.fingerprint = self.checkpoint.fingerprint()
-        self.base = {"model": self.fingerprint, "halfbyte": halfbyte.__version__, "v": ALGORITHM_VERSION}
+        self.why: dict[str, str] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.asked = self._asked()
+        self.climb = Climb(self.out, digest(self._course()), self.shop.gates, progress)
+        if request.force or not request.mitigate:
+            self.climb.forget()
+
+    def _asked(self) -> set[str]:
+        """The result files that gates and options ask for; what cannot be measured here is told."""
+        stated = {gate.kind.file: gate.spelled for gate in self.shop.gates if gate.stated}
+        named = {row.name: row.product for row in available().values()}
+        options = {named.get(name, f"{name.replace('-', '_')}.json"): f"--{name}" for name in self.request.measure}
+        for product, word in {**stated, **options}.items():
+            if product not in (*OWN_RESULTS, *available()):
+                self.why[product] = unavailable(product)
+                self.progress.say(f"{word}: {self.why[product]}")
+        return {*ALWAYS, *stated, *options}
+
+    def _plan_key(self) -> dict[str, Any]:
+        request = self.request
+        key = {**self.shop.base, "recipe": request.recipe and request.recipe.identity(), "on": request.platforms}
+        key |= {"context": request.context, "concurrency": request.concurrency, "text": bool(request.text)}
+        memory = sorted(gate.argument for gate in self.shop.gates if gate.family == "memory")
+        return {**key, "memory": memory} if memory else key
+
+    def _course(self) -> dict[str, Any]:
+        """All that a climb depends on."""
+        request = self.request
+        gates = [(gate.name, gate.spell(), gate.stated) for gate in self.shop.gates]
+        key = {**self._plan_key(), "files": self.shop.files(), "gates": gates, "budget": request.budget}
+        return {**key, "measure": request.measure, "device": request.device}
 
     def go(self) -> dict[str, Any]:
         started = time.monotonic()
-        plan = self._plan()
-        recipe = Recipe.model_validate(plan["recipe"])
-        data, windows = self._text(recipe)
-        manifest = self._quantize(recipe, data)
-        self._judge(manifest, windows)
-        commands = self._commands(recipe)
+        start = self.climb.start if self.climb.begun else self._first()
+        self.ground = RunGround(self.shop, start, self.budget)
+        if self.request.force:
+            self.ground.clear()
+        chosen, manifest = self._mitigated(start)
+        self._serve(manifest)
+        for row in available().values():
+            if not row.climbs:
+                self._extra(row, chosen, manifest)
+        self._judge()
+        commands = self._commands(chosen)
         results = {name: read_json(self.out / f"{name}.json") for name in ("plan", "check", "served", "eval", "gates")}
-        here = {p.name: self._command(recipe, p, ".") for p in self.platforms if p.name in commands}
-        card = model_card(manifest, results["eval"], results["served"], results["gates"], here)
+        here = {
+            p.name: self.shop.command(chosen.recipe, p, ".") for p in self.shop.serving(chosen) if p.name in commands
+        }
+        card = model_card(manifest, **card_results(self.out), commands=here)
         write_text(self.artifact / "README.md", card)
+        self.ground.clear()
         build_report(self.out)
         return {
             **results,
+            "mitigation": self.climb.state or None,
             "manifest": manifest,
             "commands": commands,
             "fresh": self.stages.fresh,
             "seconds": round(time.monotonic() - started, 1),
         }
 
-    def _plan(self) -> dict[str, Any]:
-        request = self.request
-        key = {**self.base, "recipe": request.recipe and request.recipe.identity(), "on": request.platforms}
-        key |= {"context": request.context, "concurrency": request.concurrency, "text": bool(request.text)}
+    def _climbing(self) -> list[Measurement]:
+        """The measurements that a step of the ladder can mend."""
+        return [row for row in available().values() if row.climbs]
 
-        def make() -> None:
-            plan = make_plan(
-                self.checkpoint,
-                request.recipe,
-                self.platforms,
-                request.context,
-                request.concurrency,
-                bool(request.text),
-                lambda r, p: self._command(r, p, self.artifact.name),
-            )
-            facts = {key: value for key, value in plan["model"].items() if key != "path"}
-            plan["model"] = {"name": portable(request.model), **facts}
-            write_json(self.out / "plan.json", plan)
+    def _first(self) -> Candidate:
+        """What the request asks for, or the plan chooses."""
+        return self.shop.start(Recipe.model_validate(self._plan(None, None)["recipe"]))
 
-        self.stages.do("plan", key, "plan.json", make)
-        return read_json(self.out / "plan.json")
+    def _mitigated(self, start: Candidate) -> tuple[Candidate, dict[str, Any]]:
+        """The candidate that the run ends with, in model/ and measured, and its manifest: the first one, or what the
+        ladder made of it."""
+        chosen = self.climb.best if self.climb.complete else start
+        manifest = self._make(start, chosen)
+        if self.climb.complete or not self.request.mitigate:
+            return chosen, manifest
+        self.ground.climbing = list(self.results)
+        measured = {EVAL: read_json(self.out / EVAL), **self.results}
+        standing = self.ground.judge(start, measured, manifest["bytes"])
+        if next_step(start, standing.failed, ()) is None:
+            self.climb.forget()
+            return start, manifest
+        if self.request.recipe is not None:
+            named = "the recipe that you named does not hold the gates"
+            self.progress.say(f"{named}: it is changed step by step (--no-mitigate leaves it as it is)")
+        chosen = self.climb.go(start, standing, self.ground)
+        self.stages.did("mitigate")
+        return chosen, manifest if chosen == start else self._make(start, chosen)
 
-    def _command(self, recipe: Recipe, platform: Platform, place: str) -> str:
-        """The serve command for a shell, with the artifact called `place`."""
-        command = serve_command(
-            self.artifact,
-            recipe.format,
-            platform,
-            variant=variant_of(recipe),
-            context=self.request.context,
-            concurrency=self.request.concurrency,
+    def _make(self, start: Candidate, chosen: Candidate) -> dict[str, Any]:
+        """A candidate in model/, with its plan, and what tells its quality; returns the manifest."""
+        self._plan(start, chosen)
+        manifest = self._quantize(chosen, self._calibrate(chosen))
+        self.stages.do("check", self._key(manifest), CHECK, self._check)
+        key = {**self._key(manifest), "windows": self.shop.windows.sha256}
+        self.stages.do("eval", key, EVAL, lambda: self._evaluate(manifest["work"]))
+        self.results.clear()
+        for row in self._climbing():
+            self._extra(row, chosen, manifest)
+        return manifest
+
+    def _plan(self, start: Candidate | None, chosen: Candidate | None) -> dict[str, Any]:
+        key = self._plan_key()
+        if chosen is not None and chosen != start:
+            key |= {"mitigated": chosen.plain()}
+        self.stages.do("plan", key, PLAN, lambda: write_json(self.out / PLAN, self.shop.plan(start, chosen)))
+        return read_json(self.out / PLAN)
+
+    def _calibrate(self, chosen: Candidate) -> CalibrationSet:
+        """The calibration set, kept in calibration/."""
+        key = {**self.shop.base, "spec": chosen.calibration.model_dump(), "files": self.shop.files()}
+        place = self.out / "calibration"
+        self.stages.do(
+            "calibrate", key, "calibration/manifest.json", lambda: self.ground.new_data(chosen.calibration).save(place)
         )
-        return replace(command, argv=[*command.argv[:2], place, *command.argv[3:]]).shell()
+        return CalibrationSet.load(place)
 
-    def _text(self, recipe: Recipe) -> tuple[CalibrationSet, Windows]:
-        """The calibration set (kept in calibration/) and the held-out windows."""
-        spec = recipe.calibration if self.request.text else OWN_TEXT
-        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.request.text if p.is_file()]
-        key = {**self.base, "spec": spec.model_dump(), "files": files}
-        text = list(self.request.text)
-
-        def make() -> None:
-            if text:
-                share = (0.0, CALIBRATION_SHARE)
-                data = build(load_tokenizer(self.path), spec, sources=text, portion=share, progress=self.progress)
-            else:
-                data = self_generated(self.path, spec, self.request.device or "cpu", self.progress)
-            data.save(self.out / "calibration")
-
-        self.stages.do("calibrate", key, "calibration/manifest.json", make)
-        data = CalibrationSet.load(self.out / "calibration")
-        if text:
-            windows = text_windows(
-                text, load_tokenizer(self.path), window=TEXT_WINDOW, portion=(CALIBRATION_SHARE, 1.0)
-            )
-            return data, windows.first(TEXT_WINDOWS)
-        held = self_generated(self.path, HELD_OUT, self.request.device or "cpu", self.progress)
-        return data, set_windows(held)
-
-    def _quantize(self, recipe: Recipe, data: CalibrationSet) -> dict[str, Any]:
+    def _quantize(self, chosen: Candidate, data: CalibrationSet) -> dict[str, Any]:
         """The artifact in model/. An earlier recipe's work there, or its remains, is the run's own: it goes."""
-        request = self.request
-        same = work_of(self.artifact) == work_id(recipe, self.fingerprint, data.sha256)
-        if request.force or not (same and (self.artifact / MANIFEST).is_file()):
-            self.stages.fresh.append("quantize")
+        request, work = self.request, work_id(chosen.recipe, self.shop.fingerprint, data.sha256)
+        self.ground.promote(work)
+        same = work_of(self.artifact) == work
+        again = request.force and "quantize" not in self.stages.fresh
+        if again or not (same and (self.artifact / MANIFEST).is_file()):
+            self.stages.did("quantize")
         return quantize(
             request.model,
-            recipe,
+            chosen.recipe,
             self.artifact,
             data,
             device=request.device,
-            force=request.force or (self.artifact.is_dir() and not same),
+            force=again or (self.artifact.is_dir() and not same),
             command=request.command,
+            blocks=self.ground.store if request.mitigate and not self.climb.complete else None,
             progress=self.progress,
         )
 
-    def _judge(self, manifest: dict[str, Any], windows: Windows) -> None:
-        request, out = self.request, self.out
-        key = {**self.base, "work": manifest["work"], "files": manifest["files"]}
-        text = {**key, "windows": windows.sha256}
+    def _key(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """What a result depends on that judges the artifact."""
+        return {**self.shop.base, "work": manifest["work"], "files": manifest["files"]}
 
-        def evaluate() -> None:
-            device = request.device or "cpu"
-            baseline = load_model(self.path, device)
-            fidelity = compare(
-                baseline, load_fake_quantized(self.artifact, device=device), windows, progress=self.progress
+    def _check(self) -> None:
+        result = {**check_artifact(self.artifact, self.progress), "path": self.artifact.name}
+        write_json(self.out / CHECK, result)
+        if not result["ok"]:
+            first = result["findings"][0]
+            raise HalfbyteError(
+                f"the artifact is damaged ({first['where']}: {first['message']}): run again with --force"
             )
-            write_result(out, fidelity, self.artifact.name, portable(request.model))
+
+    def _evaluate(self, work: str) -> None:
+        """eval.json: what the climb measured of that work, or a new comparison."""
+        found, device = self.ground.found(work, EVAL), self.shop.device
+        if found.is_file():
+            write_json(self.out / EVAL, read_json(found))
+            return
+        fidelity = measure_fidelity(self.artifact, self.shop.path, self.shop.windows, device, self.progress)
+        tokenizer = load_tokenizer(self.shop.path)
+        write_result(self.out, fidelity, self.artifact.name, portable(self.request.model), tokenizer)
+
+    def _extra(self, row: Measurement, chosen: Candidate, manifest: dict[str, Any]) -> None:
+        """One measurement of the registry, where it is asked for; what is there under its key counts in any case."""
+        subject = self.shop.subject(chosen, self.artifact)
+        serving = [platform.model_dump(mode="json") for platform in subject.platforms]
+        key = {**self._key(manifest), "windows": self.shop.windows.sha256, "on": serving, **row.key(subject)}
+
+        def make() -> None:
+            found = self.ground.found(manifest["work"], row.product)
+            result = read_json(found) if found.is_file() else dict(row.make(subject))
+            write_json(self.out / row.product, result)
+
+        self.stages.discard(row.name, row.product, manifest["work"])
+        try:
+            if row.product in self.asked:
+                self.stages.do(row.name, key, row.product, make, manifest["work"])
+        except HalfbyteError as error:
+            self.why[row.product] = str(error)
+            self.progress.say(f"{row.product} was not measured: {error}")
+        if self.stages.current(row.name, key, row.product):
+            self.results[row.product] = read_json(self.out / row.product)
+
+    def _serve(self, manifest: dict[str, Any]) -> None:
+        """served.json. A run that was not served for want of a vLLM tries again once there is one."""
+        request, out = self.request, self.out
 
         def serve() -> None:
             served = compare_served(
                 self.artifact,
-                windows,
+                self.shop.windows,
                 platform=request.platforms[0],
                 vllm=request.vllm,
                 log_path=out / "vllm.log",
@@ -255,14 +295,11 @@ class _Run:
             )
             write_served(out, self._placeless(served))
 
-        self.stages.do("check", key, "check.json", self._check)
-        before = _result(out / "served.json")
-        if self.has_vllm and before and before.get("status") != "served":
+        before = read_json(out / SERVED) if (out / SERVED).is_file() else None
+        if self.shop.has_vllm and before and before.get("status") != "served":
             self.stages.keys.pop("served", None)
-        self.stages.do("served", {**text, "on": request.platforms[0], "vllm": request.vllm}, "served.json", serve)
-        self.stages.do("eval", text, "eval.json", evaluate)
-        check, served, evaluation = (read_json(out / f"{n}.json") for n in ("check", "served", "eval"))
-        write_json(out / "gates.json", evaluate_gates(self.gates, evaluation, check, served))
+        key = {**self._key(manifest), "windows": self.shop.windows.sha256}
+        self.stages.do("served", {**key, "on": request.platforms[0], "vllm": request.vllm}, SERVED, serve)
 
     def _placeless(self, served: dict[str, Any]) -> dict[str, Any]:
         """A served result that says nothing of where the run and vLLM lie on this machine."""
@@ -271,42 +308,26 @@ class _Run:
         reason = served["reason"].replace(f"{self.out}/", "")
         return {**served, "command": [*(Path(word).name for word in command[:1]), *command[1:]], "reason": reason}
 
-    def _check(self) -> None:
-        result = {**check_artifact(self.artifact, self.progress), "path": self.artifact.name}
-        write_json(self.out / "check.json", result)
-        if not result["ok"]:
-            first = result["findings"][0]
-            raise HalfbyteError(
-                f"the artifact is damaged ({first['where']}: {first['message']}): run again with --force"
-            )
+    def _judge(self) -> None:
+        evaluation, check, served, plan = (read_json(self.out / name) for name in (EVAL, CHECK, SERVED, PLAN))
+        known = {**self.results, PLAN: plan}
+        gates = self.shop.gates
+        verdict = evaluate_gates(
+            gates, evaluation, check, served, results=known, asked=self.asked, why=self.why, tried=self.climb.text
+        )
+        write_json(self.out / GATES, verdict)
 
-    def _commands(self, recipe: Recipe) -> dict[str, str]:
+    def _commands(self, chosen: Candidate) -> dict[str, str]:
         """Serve commands by platform, as given in the run's directory; also into serve.sh."""
         lines = {}
-        for platform in self.platforms:
+        for platform in self.shop.serving(chosen):
             try:
-                lines[platform.name] = self._command(recipe, platform, self.artifact.name)
+                lines[platform.name] = self.shop.command(chosen.recipe, platform, self.artifact.name)
             except HalfbyteError as error:
                 self.progress.say(str(error))
         head = '# The commands that serve it, by platform; vLLM must be on the PATH.\ncd "$(dirname "$0")"\n'
         write_text(self.out / "serve.sh", head + "".join(f"# on {name}\n{line}\n" for name, line in lines.items()))
         return lines
-
-
-def _has_vllm(named: str | None, progress: Progress) -> bool:
-    """Whether there is a vLLM to serve with; said at the start where not. Raises UsageError for a wrong --vllm."""
-    try:
-        find_vllm(named)
-    except UsageError:
-        raise
-    except HalfbyteError as error:
-        progress.say(f"{error}; the report will say: not served")
-        return False
-    return True
-
-
-def _result(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
 
 
 def artifact_baseline(directory: Path) -> str:

@@ -35,6 +35,7 @@ from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models import Checkpoint, cache_dir, family_of, resolve_model
 from halfbyte.models.checkpoint import read_json
 from halfbyte.plan.inventory import footprints
+from halfbyte.plan.layers import quantized
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.types import Progress, Quiet, Scheme
 
@@ -98,7 +99,8 @@ def sensitivity(
     facts |= {"text": windows.describe(), "self_generated": windows.self_generated, "dtype": dtype, "device": device}
     place = cache_dir() / "sensitivity" / _key(work, windows, device, dtype)
     with locked(place):
-        measured = _Measure(checkpoint, recipe, groups, place / RESULT, facts, progress)
+        schemes = quantized([p.plan for p in prints])
+        measured = _Measure(checkpoint, recipe, groups, schemes, place / RESULT, facts, progress)
         result = measured.finish(windows, data, device, DTYPES[dtype])
     result["exempt"] = [{"name": p.plan.name, "reason": p.plan.reason} for p in prints if p.plan.scheme is None]
     if budget is not None:
@@ -143,18 +145,20 @@ class _Measure:
         checkpoint: Checkpoint,
         recipe: Recipe,
         groups: list[dict[str, Any]],
+        schemes: Mapping[str, Scheme],
         file: Path,
         facts: Mapping[str, Any],
         progress: Progress,
     ):
         self.checkpoint, self.recipe, self.groups, self.file, self.progress = checkpoint, recipe, groups, file, progress
+        self.schemes = schemes
         self.family = family_of(checkpoint.config)
         self.state: dict[str, Any] = {**facts, "complete": False, "seconds": 0.0, "noise_floor": None, "groups": []}
         kept = _kept(file)
         if kept is not None:
             self.state |= {key: kept[key] for key in ("complete", "seconds", "noise_floor", "groups")}
         self.done = {row["group"] for row in self.state["groups"]}
-        self.at = {(HEAD if g["block"] is None else g["block"], g["kind"]): g for g in groups}
+        self.at = {(HEAD if g["block"] is None else g["block"], self._module(g)): g for g in groups}
 
     def finish(self, windows: Windows, data: CalibrationSet | None, device: str, dtype: torch.dtype) -> dict[str, Any]:
         """Measure what is missing; returns the ranked result."""
@@ -190,18 +194,24 @@ class _Measure:
         return behind + max(1, round(head / block))
 
     def _jobs(self) -> list[Job]:
-        """One job for each kind, quantizing nothing else: what is scaled then is what the lone group can have."""
-        return [self._job(kind) for kind in dict.fromkeys(g["kind"] for g in self.groups)]
+        """One job for each fused module of a block, quantizing nothing else: what is scaled then is what the lone group
+        can have."""
+        return [self._job(module) for module in dict.fromkeys(map(self._module, self.groups))]
 
-    def _job(self, kind: str) -> Job:
-        schemes = {n: Scheme(**g["scheme"]) for g in self.groups if g["kind"] == kind for n in g["names"]}
+    def _module(self, group: Mapping[str, Any]) -> str:
+        """A group's name within its block."""
+        name: str = group["group"]
+        return name if group["block"] is None else name.removeprefix(self.family.block(group["block"]) + ".")
+
+    def _job(self, module: str) -> Job:
+        schemes = {n: self.schemes[n] for g in self.groups if self._module(g) == module for n in g["names"]}
 
         def done(block: int) -> bool:
-            group = self.at.get((block, kind))
+            group = self.at.get((block, module))
             return group is None or group["group"] in self.done
 
         def emit(block: int, result: BlockResult) -> None:
-            self._measure(self.at[block, kind], result)
+            self._measure(self.at[block, module], result)
 
         return Job(self.recipe, schemes, done, emit)
 
@@ -212,8 +222,8 @@ class _Measure:
         if not np.isfinite(kl).all():
             raise HalfbyteError(f"{group['group']} quantized alone gives NaN or infinite logits: is the model broken?")
         found = bootstrap.interval(bootstrap.mean_replicates(kl, self.counts, self.draws), float(kl.mean()))
-        power = sum(self.meter.power[name] for name in group["names"])
-        error = sum(s.relative_error**2 * self.meter.power[name] for name, s in result.linears.items())
+        power = sum(self.meter.power.get(name, 0.0) for name in group["names"])  # an expert may get no held token
+        error = sum(s.relative_error**2 * self.meter.power.get(name, 0.0) for name, s in result.linears.items())
         row = {**group, "kl": found["value"], "low": found["low"], "high": found["high"]}
         row |= {"relative_error": (error / max(power, 1e-30)) ** 0.5, "output_error": error}
         row["kl_per_byte"] = row["kl"] / max(1, group["bytes_added"])

@@ -6,14 +6,23 @@ import re
 from collections.abc import Iterable
 
 from halfbyte.formats.awq import AWQ
-from halfbyte.formats.base import Format, columns, fused_groups
+from halfbyte.formats.base import Format, columns, fused_groups, scale_groups
 from halfbyte.formats.bits import FormatError
 from halfbyte.formats.compressed import CompressedTensors
 from halfbyte.formats.gptq import GPTQ
 from halfbyte.formats.modelopt import ALGORITHMS, ModelOpt, declared
 from halfbyte.types import Scheme
 
-__all__ = ["Format", "FormatError", "columns", "detect_format", "fused_groups", "get_format", "read_config"]
+__all__ = [
+    "Format",
+    "FormatError",
+    "columns",
+    "detect_format",
+    "fused_groups",
+    "get_format",
+    "read_config",
+    "scale_groups",
+]
 
 _FORMATS: dict[str, type[Format]] = {f.name: f for f in (GPTQ, AWQ, ModelOpt, CompressedTensors)}
 

@@ -24,10 +24,12 @@ from halfbyte.formats.base import (
     check_int4_group,
     columns,
     fused_groups,
+    is_expert,
     is_head,
+    modules_of,
     most_common_group,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_int32, unpack_int32
 from halfbyte.types import QuantizedLinear, Scheme
@@ -77,19 +79,20 @@ class AWQ(Format):
         }
 
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
-        quantized = self._only_grids(schemes)
-        groups = sorted({stated_group(s.group_size) for s in quantized})
+        self._only_grids(schemes)
+        stated = stated_groups(schemes, fused)
+        groups = sorted(set(stated.values()))
         if len(groups) > 1:
             sizes = " and ".join(map(str, groups))
             raise FormatError(f"an awq file has one group size, not {sizes}: use the smallest, or compressed-tensors")
         return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": most_common_group(quantized),
+            "group_size": most_common_group(stated.values()),
             "zero_point": True,
             "version": "gemm",
             "lm_head": any(is_head(n) and s is not None for n, s in schemes.items()),
-            "modules_to_not_convert": [n for n, s in schemes.items() if s is None],
+            "modules_to_not_convert": modules_of((n for n, s in schemes.items() if s is None), fused),
         }
 
     def parse(self, config: dict, names: Iterable[str]) -> dict[str, Scheme | None]:
@@ -98,7 +101,9 @@ class AWQ(Format):
         found: dict[str, Scheme | None] = {}
         for fused, shards in fused_groups(names).items():
             skip = is_head(fused) and not config.get("lm_head", False)
-            skip = skip or _contains(fused, kept) or all_or_none(fused, shards, lambda n: _contains(n, kept))
+            skip = skip or _contains(fused, kept)
+            if not is_expert(shards[0]):
+                skip = skip or all_or_none(fused, shards, lambda n: _contains(n, kept))
             found |= {shard: None if skip else scheme for shard in shards}
         return found
 

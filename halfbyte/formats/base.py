@@ -17,6 +17,10 @@ Shape = tuple[int, ...]
 FUSED_SHARDS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """vLLM's fused modules and the checkpoint's names of their parts, in vLLM's order."""
 _FUSED_OF = {shard: fused for fused, shards in FUSED_SHARDS.items() for shard in shards}
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+")
+"""A linear of one expert, and the module into which vLLM fuses all experts of a block."""
+_ONE_SCALE = _FUSED_OF | {"w1": "w13", "w3": "w13"}
+"""Gate and up of an expert may be called w1 and w3; those of each expert share a global scale."""
 INT4_GROUPS = (-1, 32, 64, 128)
 """Group sizes that vLLM's int4 kernels take; -1 is one group per row."""
 
@@ -81,6 +85,17 @@ def stated_group(group_size: int) -> int:
     return group_size if group_size in INT4_GROUPS else -1
 
 
+def stated_groups(schemes: Mapping[str, Scheme | None], fused: Mapping[str, str]) -> dict[str, int]:
+    """The stated group size of each quantized linear. A module of experts has one for all: where its linears have other
+    widths, that of one group per row is -1."""
+    stated = {n: stated_group(s.group_size) for n, s in schemes.items() if s is not None}
+    modules: dict[str, set[int]] = {}
+    for name, size in stated.items():
+        modules.setdefault(fused.get(name, name), set()).add(size)
+    mixed = {module for module, sizes in modules.items() if len(sizes) > 1}
+    return {n: -1 if is_expert(n) and fused.get(n, n) in mixed else g for n, g in stated.items()}
+
+
 def check_int4_group(name: str, q: QuantizedLinear) -> None:
     """Raise FormatError for a group size that a config could not state."""
     if q.group_size not in INT4_GROUPS and q.group_size != q.in_features:
@@ -93,9 +108,9 @@ def columns(group_size: int, in_features: int) -> int:
     return in_features if group_size == -1 else group_size
 
 
-def most_common_group(schemes: Iterable[Scheme]) -> int:
+def most_common_group(stated: Iterable[int]) -> int:
     """The stated group size of most linears (the larger of equals; 128 where nothing is quantized)."""
-    counts = Counter(stated_group(s.group_size) for s in schemes)
+    counts = Counter(stated)
     return max(counts, key=lambda g: (counts[g], g)) if counts else 128
 
 
@@ -108,10 +123,34 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Full fused name -> its shards among `names`, as vLLM fuses the supported families."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        parent, _, last = name.rpartition(".")
-        fused = _FUSED_OF.get(last, last)
-        groups.setdefault(f"{parent}.{fused}" if parent else fused, []).append(name)
+        expert = _EXPERT.fullmatch(name)
+        groups.setdefault(expert[1] if expert else _renamed(name, _FUSED_OF), []).append(name)
     return groups
+
+
+def scale_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """As `fused_groups`, for what vLLM takes one global scale of: of the experts only gate and up of each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_renamed(name, _ONE_SCALE), []).append(name)
+    return groups
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{names.get(last, last)}" if parent else names.get(last, last)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a linear belongs to an expert that a router chooses."""
+    return _EXPERT.fullmatch(name) is not None
+
+
+def modules_of(names: Iterable[str], fused: Mapping[str, str]) -> list[str]:
+    """`names` as lists of exclusions hold them: those of a fused module follow its own name (of some families vLLM does
+    not know which modules it fused), and all experts of a block are their one module."""
+    found = (n for name in names for n in (fused.get(name, name), *(() if is_expert(name) else (name,))))
+    return list(dict.fromkeys(found))
 
 
 def all_or_none(fused: str, shards: list[str], match: Callable[[str], bool]) -> bool:
@@ -123,7 +162,8 @@ def all_or_none(fused: str, shards: list[str], match: Callable[[str], bool]) -> 
 
 
 def patterns(names: Iterable[str], fused: Mapping[str, str]) -> list[str]:
-    """Regular expressions for re.match, anchored at both ends, that match `names` and their fused names alone.
+    """Regular expressions for re.match, anchored at both ends, that match `names` and their fused names alone (and all
+    that is in a fused module of experts).
 
     Blocks that differ in nothing but their index share one expression, so that configs stay short.
     """
@@ -132,10 +172,12 @@ def patterns(names: Iterable[str], fused: Mapping[str, str]) -> list[str]:
         groups.setdefault(fused.get(name, name), []).append(name)
     buckets: dict[tuple[str, str], list[str]] = {}
     for whole, shards in groups.items():
-        parent = whole.rpartition(".")[0]
-        lasts = dict.fromkeys([*(s.rpartition(".")[2] for s in shards), whole.rpartition(".")[2]])
+        parent, _, last = whole.rpartition(".")
+        lasts = dict.fromkeys([*(s.rpartition(".")[2] for s in shards), last])
         tail = "|".join(map(re.escape, lasts))
         tail = f"(?:{tail})" if len(lasts) > 1 else tail
+        if shards[0].startswith(f"{whole}."):
+            tail = rf"{re.escape(last)}(?:\..+)?"
         found = re.match(r"(.*?\.)(\d+)(\..*)?$", parent)
         if found is None:
             buckets.setdefault((f"{re.escape(parent)}\\." if parent else "", f"{tail}$"), [])

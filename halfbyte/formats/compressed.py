@@ -30,10 +30,12 @@ from halfbyte.formats.base import (
     check_int4_group,
     columns,
     fused_groups,
+    is_expert,
     is_head,
+    modules_of,
     patterns,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_bytes, pack_int32, unpack_bytes, unpack_int32
 from halfbyte.formats.modelopt import blocks_of_16, check_blocks
@@ -107,9 +109,10 @@ class CompressedTensors(Format):
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
         self._only_grids(schemes)
         sorts: dict[Scheme, list[str]] = {}
+        stated = stated_groups(schemes, fused)
         for name, scheme in schemes.items():
             if scheme is not None:
-                group = NVFP4_BLOCK if scheme.grid == "nvfp4" else stated_group(scheme.group_size)
+                group = NVFP4_BLOCK if scheme.grid == "nvfp4" else stated[name]
                 sorts.setdefault(Scheme(scheme.grid, group), []).append(name)
         if len({s.grid for s in sorts}) > 1:
             raise FormatError("one compressed-tensors file holds one grid: quantize all linears in the same")
@@ -125,7 +128,7 @@ class CompressedTensors(Format):
             "format": layout,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [n for n, s in schemes.items() if s is None],
+            "ignore": _ignored([n for n, s in schemes.items() if s is None], fused),
             "kv_cache_scheme": None,
         }
 
@@ -137,10 +140,19 @@ class CompressedTensors(Format):
         ignored = config.get("ignore") or []
         found: dict[str, Scheme | None] = {}
         for fused, shards in fused_groups(names).items():
+            if is_expert(shards[0]):
+                found |= _experts(fused, shards, ignored, targets)
+                continue
             skip = _first(fused, ignored) or all_or_none(fused, shards, lambda n: _first(n, ignored) is not None)
             scheme_or_none = None if skip else _target(fused, shards, targets)
             found |= {shard: scheme_or_none for shard in shards}
         return found
+
+
+def _ignored(names: list[str], fused: Mapping[str, str]) -> list[str]:
+    """Names of what is kept; experts by an expression, since vLLM asks for those of one expert by their names."""
+    experts = [n for n in names if is_expert(n)]
+    return [*modules_of((n for n in names if not is_expert(n)), fused), *(f"re:{p}" for p in patterns(experts, fused))]
 
 
 def _pack_nvfp4(name: str, q: QuantizedLinear) -> dict[str, torch.Tensor]:
@@ -199,6 +211,21 @@ def _first(name: str, entries: Iterable[str], part: bool = False) -> str | None:
         if part and not entry.startswith("re:") and entry.lower() in name.lower():
             return entry
     return None
+
+
+def _experts(
+    fused: str, shards: list[str], ignored: list[str], targets: Mapping[str, Scheme]
+) -> dict[str, Scheme | None]:
+    """vLLM asks for the projections of one expert, by name; a target `Linear` holds for experts too."""
+    number = shards[0].removeprefix(f"{fused}.").partition(".")[0]
+    found = set()
+    for name in (n for n in shards if n.startswith(f"{fused}.{number}.")):
+        hit = None if _first(name, ignored) else _first(name, targets) or _first("Linear", targets)
+        found.add(None if hit is None else targets[hit])
+    if len(found) > 1:
+        raise FormatError(f"the config gives the experts of {fused} several schemes, which vLLM refuses")
+    scheme = found.pop()
+    return {shard: scheme for shard in shards}
 
 
 def _target(fused: str, shards: list[str], targets: Mapping[str, Scheme]) -> Scheme | None:

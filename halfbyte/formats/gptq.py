@@ -26,11 +26,12 @@ from halfbyte.formats.base import (
     check_int4_group,
     columns,
     fused_groups,
+    is_expert,
     is_head,
     most_common_group,
     patterns,
     required,
-    stated_group,
+    stated_groups,
 )
 from halfbyte.formats.bits import FormatError, exact, pack_int32, unpack_int32
 from halfbyte.types import QuantizedLinear, Scheme
@@ -82,10 +83,11 @@ class GPTQ(Format):
         }
 
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
-        base = most_common_group(self._only_grids(schemes))
+        self._only_grids(schemes)
+        others = stated_groups(schemes, fused)
+        base = most_common_group(others.values())
         skipped = [n for n, s in schemes.items() if s is None and not is_head(n)]
         rules: dict[str, dict] = {f"-:{p}": {} for p in patterns(skipped, fused)}
-        others = {n: stated_group(s.group_size) for n, s in schemes.items() if s is not None}
         for group in sorted(set(others.values()) - {base}):
             override = {"bits": 4, "group_size": group, "sym": True, "desc_act": False}
             names = [n for n, g in others.items() if g == group]
@@ -146,7 +148,11 @@ def _scheme(config: Mapping[str, Any], fused: str, shards: list[str]) -> Scheme 
     if is_head(fused) and not config.get("lm_head", False):
         return None
     listed = _flat(config.get("modules_in_block_to_quantize") or [])
-    if listed and not all_or_none(fused, shards, lambda n: any(part in n for part in listed)):
+    if (
+        listed
+        and not is_expert(shards[0])
+        and not all_or_none(fused, shards, lambda n: any(part in n for part in listed))
+    ):
         return None
     for rule, override in (config.get("dynamic") or {}).items():
         if not re.match(rule.removeprefix("-:").removeprefix("+:"), fused):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.formats.base import Format, Shape, all_or_none, fused_groups, required
+from halfbyte.formats.base import Format, Shape, all_or_none, fused_groups, is_expert, modules_of, required
 from halfbyte.formats.bits import FormatError, exact, pack_bytes, unpack_bytes
 from halfbyte.types import NVFP4_BLOCK, QuantizedLinear, Scheme
 
@@ -92,12 +92,12 @@ class ModelOpt(Format):
     def config(self, schemes: Mapping[str, Scheme | None], fused: Mapping[str, str], **meta: Any) -> dict:
         self._only_grids(schemes)
         values = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_BLOCK}
-        kept = [n for n, s in schemes.items() if s is None]
+        kept = modules_of((n for n, s in schemes.items() if s is None), fused)
         return {
             "quant_method": "modelopt",
             "quant_algo": ALGORITHMS[self.activations],
             "group_size": NVFP4_BLOCK,
-            "ignore": list(dict.fromkeys(n for k in kept for n in (fused.get(k, k), k))),
+            "ignore": kept,
             "config_groups": {
                 "group_0": {
                     "weights": values,
@@ -146,6 +146,8 @@ def declared(config: Mapping[str, Any]) -> str:
 
 
 def _excluded(fused: str, shards: list[str], entries: list[str]) -> bool:
+    if is_expert(shards[0]) and any(fused in entry for entry in entries):
+        return True
     if fused in entries or all_or_none(fused, shards, entries.__contains__):
         return True
     return any(entry in fused or fnmatch(fused, entry) for entry in entries)

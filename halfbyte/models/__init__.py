@@ -1,18 +1,24 @@
 """What a checkpoint holds and what a decoder block looks like, per model family."""
 
 from halfbyte.models.checkpoint import Checkpoint, TensorInfo, hash_file
-from halfbyte.models.family import FAMILIES, Family, Fold, family_of
+from halfbyte.models.experts import Expert, Experts, refuse, unfuse
+from halfbyte.models.family import FAMILIES, Family, Fold, Mixture, family_of
 from halfbyte.models.source import cache_dir, hub_id, resolve_model
 
 __all__ = [
     "FAMILIES",
     "Checkpoint",
+    "Expert",
+    "Experts",
     "Family",
     "Fold",
+    "Mixture",
     "TensorInfo",
     "cache_dir",
     "family_of",
     "hash_file",
     "hub_id",
+    "refuse",
     "resolve_model",
+    "unfuse",
 ]

@@ -1,13 +1,16 @@
 """What a decoder block looks like, per architecture: which linears share an input, and what precedes them.
 
-All supported families are dense decoders whose blocks are `model.layers.N` with `self_attn` and `mlp`.
-A family is data; a new one is a new row in FAMILIES (and a tiny model in the tests).
+Supported are decoders whose blocks are `model.layers.N` with `self_attn` and an MLP. The MLP is dense, or a mixture of
+experts: a router that chooses, for each token, a few of many small MLPs, beside which some families have a shared one.
+A family is data; a new one is a new row in FAMILIES (and a tiny model in the tests). Names are the checkpoint's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.types import LinearGroup
@@ -17,7 +20,7 @@ from halfbyte.types import LinearGroup
 class Fold:
     """Where an input scale of one LinearGroup can be absorbed, so that the BF16 model computes the same.
 
-    kind       the LinearGroup whose inputs are scaled
+    kind       the key of the LinearGroup whose inputs are scaled
     norm       a norm whose weight is divided (block-relative), or ""
     linear     a linear whose output rows are divided, or ""
     part       which rows of that linear: "all" | "v" (the value part of a fused qkv) | "up" (the second half)
@@ -32,12 +35,45 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The sparse MLP of a family's blocks. Names are relative to the block, `projections` to an expert.
+
+    module       what holds router and experts
+    projections  (gate, up, down) of an expert
+    width        key of config.json: the experts' hidden width
+    shared       the MLP that every token goes through beside the chosen ones, or ""; `gate` scales its output
+    """
+
+    module: str
+    projections: tuple[str, str, str]
+    width: str
+    shared: str = ""
+
+    @property
+    def router(self) -> str:
+        return f"{self.module}.gate"
+
+    @property
+    def experts(self) -> str:
+        """What holds the experts: one fused module in vLLM."""
+        return f"{self.module}.experts"
+
+    @property
+    def gate(self) -> str:
+        return f"{self.shared}_gate" if self.shared else ""
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """The shape of a family's block. `norm_offset`: the norm multiplies by (offset + weight)."""
+    """The shape of a family's block. `norm_offset`: the norm multiplies by (offset + weight).
+
+    groups and folds are a dense block's; `mixture` is what sparse blocks have instead of the dense MLP.
+    """
 
     groups: tuple[LinearGroup, ...]
     folds: tuple[Fold, ...]
     norm_offset: float = 0.0
+    mixture: Mixture | None = None
 
 
 def _split(mlp_norm: str, norm_offset: float = 0.0) -> Architecture:
@@ -73,22 +109,30 @@ _PHI3 = Architecture(
         Fold("down", linear="mlp.gate_up_proj", part="up"),
     ),
 )
+_LLAMA = _split("post_attention_layernorm")
+_QWEN = Mixture("mlp", ("gate_proj", "up_proj", "down_proj"), "moe_intermediate_size")
 
 FAMILIES: dict[str, Architecture] = {
-    "llama": _split("post_attention_layernorm"),
-    "mistral": _split("post_attention_layernorm"),
-    "qwen2": _split("post_attention_layernorm"),
-    "qwen3": _split("post_attention_layernorm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "gemma2": _split("pre_feedforward_layernorm", norm_offset=1.0),
     "gemma3_text": _split("pre_feedforward_layernorm", norm_offset=1.0),
     "phi3": _PHI3,
+    "mixtral": replace(_LLAMA, mixture=Mixture("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size")),
+    "qwen2_moe": replace(_LLAMA, mixture=replace(_QWEN, shared="mlp.shared_expert")),
+    "qwen3_moe": replace(_LLAMA, mixture=_QWEN),
 }
 """By `model_type` of config.json."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture together with one model's config: names, counts, head sizes."""
+    """An architecture together with one model's config: names, counts, head sizes.
+
+    sparse     the blocks whose MLP is a mixture of `experts`, `experts_per_token` of which a token goes through
+    """
 
     model_type: str
     architecture: Architecture
@@ -100,20 +144,68 @@ class Family:
     tied: bool
     embedding: str = "model.embed_tokens"
     lm_head: str = "lm_head"
+    sparse: tuple[int, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
-        return self.architecture.groups
+        """Every group that some block has."""
+        return tuple(dict.fromkeys(g for i in range(self.num_blocks) for g in self.groups_of(i)))
 
     def block(self, index: int) -> str:
         """The full module name of block `index`."""
         return f"model.layers.{index}"
 
+    def mixture(self, index: int) -> Mixture | None:
+        """The mixture of experts of block `index`; None where its MLP is dense."""
+        return self.architecture.mixture if index in self.sparse else None
+
+    def groups_of(self, index: int) -> tuple[LinearGroup, ...]:
+        """The linear groups of block `index`, in the order in which the block runs them."""
+        return self._sparse_groups if index in self.sparse else self.architecture.groups
+
+    def folds_of(self, index: int) -> tuple[Fold, ...]:
+        """The folds of block `index`.
+
+        The router and every expert read the same norm, which could take up one scale for all of them alone: the inputs
+        of gate and up are not scaled in a mixture. Those of down are, within each expert.
+        """
+        return self._sparse_folds if index in self.sparse else self.architecture.folds
+
     def linears(self, index: int) -> Iterator[str]:
-        """Full names of the linears of block `index`."""
-        for group in self.groups:
+        """Full names of the linears of block `index` that can be quantized."""
+        for group in self.groups_of(index):
             for name in group.names:
                 yield f"{self.block(index)}.{name}"
+
+    def routers(self, index: int) -> list[str]:
+        """Full names of what decides where a token goes in block `index`, which is never quantized."""
+        mixture = self.mixture(index)
+        names = [mixture.router, mixture.gate] if mixture else []
+        return [f"{self.block(index)}.{name}" for name in names if name]
+
+    @cached_property
+    def _sparse_groups(self) -> tuple[LinearGroup, ...]:
+        mixture = self.architecture.mixture
+        assert mixture is not None
+        groups = [group for group in self.architecture.groups if group.kind in ("qkv", "o")]
+        if mixture.shared:
+            gate, up, down = (f"{mixture.shared}.{name}" for name in mixture.projections)
+            owner = mixture.shared.rpartition(".")[2]
+            groups.append(LinearGroup("gate_up", (gate, up), f"{mixture.shared}.gate_up_proj", owner))
+            groups.append(LinearGroup("down", (down,), down, owner))
+        for expert in range(self.experts):
+            gate, up, down = (f"{mixture.experts}.{expert}.{name}" for name in mixture.projections)
+            groups.append(LinearGroup("gate_up", (gate, up), mixture.experts, f"experts.{expert}", expert))
+            groups.append(LinearGroup("down", (down,), mixture.experts, f"experts.{expert}", expert))
+        return tuple(groups)
+
+    @cached_property
+    def _sparse_folds(self) -> tuple[Fold, ...]:
+        names = {(group.owner, group.kind): group.names for group in self._sparse_groups}
+        within = [Fold(f"{o}.down", linear=names[o, "gate_up"][1]) for o, kind in names if o and kind == "down"]
+        return (*(fold for fold in self.architecture.folds if fold.kind in ("qkv", "o")), *within)
 
 
 def family_of(config: dict) -> Family:
@@ -126,11 +218,14 @@ def family_of(config: dict) -> Family:
             f"model_type {model_type!r} is not supported: which linears share an input is known for {known} only"
         )
     counts = {k: config.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    experts: Any = config.get("num_local_experts", config.get("num_experts"))
+    if architecture.mixture:
+        counts |= {"num_experts": experts, "num_experts_per_tok": config.get("num_experts_per_tok")}
     missing = [k for k, v in counts.items() if type(v) is not int or v < 1]
     if missing:
         raise HalfbyteError(f"config.json lacks {', '.join(missing)}: is it a whole {model_type} config?")
     heads = config["num_attention_heads"]
-    return Family(
+    family = Family(
         model_type=str(model_type),
         architecture=architecture,
         num_blocks=config["num_hidden_layers"],
@@ -140,3 +235,13 @@ def family_of(config: dict) -> Family:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         tied=bool(config.get("tie_word_embeddings", model_type in ("gemma2", "gemma3_text"))),
     )
+    if not architecture.mixture:
+        return family
+    chosen = config["num_experts_per_tok"]
+    return replace(family, sparse=_sparse_blocks(config), experts=int(experts), experts_per_token=chosen)
+
+
+def _sparse_blocks(config: dict) -> tuple[int, ...]:
+    """Every `decoder_sparse_step`-th block, but for `mlp_only_layers`."""
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(config["num_hidden_layers"]) if (i + 1) % step == 0 and i not in dense)

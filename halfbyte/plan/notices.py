@@ -9,12 +9,23 @@ from typing import Any
 from halfbyte.plan.decision import hindrance
 from halfbyte.plan.inventory import Footprint
 from halfbyte.plan.kernels import fall_backs
+from halfbyte.plan.layers import EXPERTS_DOWN
 from halfbyte.plan.memory import KV_BYTES
 from halfbyte.plan.parallel import odd_widths
-from halfbyte.plan.rules import CONFIGURATION, EVERY_FORMAT, HEADERS, NVFP4_BLOCKS, POLICY, RISKS, Reason, guide
+from halfbyte.plan.rules import (
+    CONFIGURATION,
+    EVERY_FORMAT,
+    HEADERS,
+    NVFP4_BLOCKS,
+    POLICY,
+    RISKS,
+    Reason,
+    data_source,
+    guide,
+)
 from halfbyte.plan.speed import Model, best_speed, is_near, speed_table
 from halfbyte.plan.words import flag_words, joined, variant_of
-from halfbyte.platforms import Platform, facts_for
+from halfbyte.platforms import FormatSupport, Platform, facts_for
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import NVFP4_BLOCK
 
@@ -44,7 +55,7 @@ def notices(at: Setting) -> list[Reason]:
     """Every notice, one sentence each, the most important first."""
     found: list[Reason] = []
     for platform in at.platforms:
-        against = hindrance(at.recipe, platform)
+        against = hindrance(at.recipe, platform, bool(at.model["moe"]))
         found += [Reason("format", f"do not serve this on {against}", platform.name)] if against else []
     found += [*_memory(at), *_parallel(at), *_experts(at)]
     for platform in at.platforms:
@@ -80,13 +91,32 @@ def _experts(at: Setting) -> list[Reason]:
     moe = at.model["moe"]
     if not moe:
         return []
-    refused = f"halfbyte quantize does not support {at.model['family']} yet: this plan is of sizes, memory and kernels"
-    kernels = (
-        "which kernels serve experts was not looked at: the roofline counts the bytes of the experts that are read and "
-        "takes the kernels of plain linears"
+    found = []
+    for platform in at.platforms:
+        support = _support(at.recipe, platform)
+        experts = support.experts if support else None
+        if experts and experts.loads:
+            words = "; ".join([f"{platform.name}: the experts run in {' or '.join(experts.kernels)}", *experts.notes])
+            found.append(Reason("moe-kernels", words, data_source(platform.name, experts.evidence)))
+        elif support and support.loads and not experts:
+            text = f"{platform.name}: which kernels serve experts of this format was not looked at"
+            found.append(Reason("moe-kernels", text, f"{platform.name} data"))
+    share = moe["active_parameters"] / at.model["parameters"]
+    text = (
+        f"a token goes through {moe['experts_per_token']} of {moe['experts']} experts, {share:.0%} of the parameters; "
+        "the roofline counts the experts that a step reads, as plain linears: nothing was measured for experts"
     )
-    found = [] if moe["supported"] else [Reason("moe", refused, HEADERS)]
-    return [*found, Reason("moe-kernels", kernels, "halfbyte")]
+    found.append(Reason("moe-speed", text, "the model's config; halfbyte/plan/roofline.py"))
+    if any(linear.plan.reason.startswith(EXPERTS_DOWN) for linear in at.linears):
+        found.append(Reason("moe-boundary", EXPERTS_DOWN, EVERY_FORMAT))
+    return found
+
+
+def _support(recipe: Recipe, platform: Platform) -> FormatSupport | None:
+    try:
+        return platform.support(recipe.format, variant_of(recipe))
+    except KeyError:
+        return None
 
 
 def _context(at: Setting) -> list[Reason]:

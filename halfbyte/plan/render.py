@@ -194,11 +194,7 @@ def _linears(plan: dict[str, Any]) -> str:
         if not row["bytes_before"]:
             stored, before, after = "tied", "-", "-"
         rows.append((row["linear"], str(row["count"]), shape, stored, before, after, _bits(row["bits_per_weight"])))
-    moe = plan["model"]["moe"]
-    if moe:
-        size = human_size(moe["router_bytes"])
-        rows.append(("router", str(moe["routers"]), "", "as they are", size, size, ""))
-    other = human_size(plan["bytes"]["other_tensors"] - (moe["router_bytes"] if moe else 0))
+    other = human_size(plan["bytes"]["other_tensors"])
     rows.append(("other tensors", "", "", "as they are", other, other, ""))
     return "Linears\n" + table(rows)
 

@@ -59,6 +59,23 @@ class Avoid(Data):
     evidence: Evidence
 
 
+class ExpertSupport(Data):
+    """Whether and how vLLM runs the experts of a mixture from one checkpoint format here: they have kernels of their
+    own."""
+
+    loads: bool
+    reason: str = ""
+    kernels: tuple[str, ...] = Field((), description="in the order in which vLLM tries them")
+    notes: tuple[str, ...] = ()
+    evidence: Evidence
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> ExpertSupport:
+        if not self.loads and not self.reason:
+            raise ValueError("experts that do not load need their reason")
+        return self
+
+
 class FormatSupport(Data):
     """Whether and how vLLM serves one checkpoint format here."""
 
@@ -72,6 +89,7 @@ class FormatSupport(Data):
     env: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     avoid: tuple[Avoid, ...] = ()
+    experts: ExpertSupport | None = Field(None, description="of a mixture of experts; None: not looked at")
     evidence: Evidence
 
     def kernels_in(self, vllm: str) -> tuple[Kernel, ...]:

@@ -33,6 +33,8 @@ def axis(values: Sequence[float], zero: bool = True, log: bool = False, cap: flo
         return Axis(low / 1.3, high * 1.3, log=True)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
+        if low == high:
+            return Axis(0.0, 1.0 if cap is None else cap)
     room = 0.07 * (high - low) or abs(high) * 0.1 or 1.0
     top = high + room if high > 0 or not zero else 0.0
     return Axis(low - room if low < 0 or not zero else low, top if cap is None else min(max(cap, high), top))

@@ -150,7 +150,7 @@ def answers(asked: dict[str, Any]) -> dict[str, Any]:
     def pairs(key: str) -> dict[str, Any]:
         return {f"{f} {v}" if v else f: told(partial(pair, f, v)) for f, v in asked[key]}
 
-    there = told(lambda: importlib.import_module("vllm").__name__)
+    there = told(lambda: first("vllm:__name__"))
     if "value" not in there:
         return {"vllm": there}
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -95,6 +95,53 @@ class Client:
             scored += [_token_logprobs(ids, choice) for ids, choice in zip(part, choices)]
             progress.advance(len(part))
         return scored
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        stop_ids: Sequence[int] = (),
+        batch: int = BATCH,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """The greedy continuations of prompts (token ids) up to any of `stop_ids`, special tokens left out."""
+        return [
+            choice["text"]
+            for choice in self._in_batches(
+                prompts, batch, progress, max_tokens=max_tokens, stop_token_ids=list(stop_ids), repetition_penalty=1.0
+            )
+        ]
+
+    def choose(
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[int],
+        *,
+        batch: int = BATCH,
+        progress: Progress | None = None,
+    ) -> list[int]:
+        """Which of the candidate tokens is the most likely one after each prompt (token ids)."""
+        options = {"allowed_token_ids": list(candidates), "logprobs": 0, "return_tokens_as_token_ids": True}
+        found = []
+        for choice in self._in_batches(prompts, batch, progress, max_tokens=1, repetition_penalty=1.0, **options):
+            try:
+                found.append(int(choice["logprobs"]["tokens"][0].removeprefix("token_id:")))
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise HalfbyteError("vLLM did not say which token it chose: it is too old") from None
+        return found
+
+    def _in_batches(
+        self, prompts: Sequence[Sequence[int]], batch: int, progress: Progress | None, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """The choice for each prompt, in order, `batch` of them in one request."""
+        for first in range(0, len(prompts), batch):
+            part = [list(prompt) for prompt in prompts[first : first + batch]]
+            choices = self._completions(part, **options)
+            if len(choices) != len(part):
+                raise HalfbyteError(f"vLLM answered {len(choices)} of {len(part)} prompts")
+            yield from choices
+            (progress or Quiet()).advance(len(part))
 
     def _completions(self, prompt: str | list[int] | list[list[int]], **options: Any) -> list[dict[str, Any]]:
         body = {"model": self.model, "prompt": prompt, "temperature": 0.0, **options}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ def values(q: QuantizedLinear) -> torch.Tensor:
         return sign * E2M1[(q.codes % 8).long()] * (scales * q.global_scale)
     zeros: Any = 8 if q.zeros is None else q.zeros.repeat_interleave(q.group_size, 1).float()
     return (q.codes.float() - zeros) * scales
+
+
+def weight_of(network: Any, name: str) -> torch.Tensor:
+    """A linear's weight in a transformers model by the checkpoint's name: of an expert, a view of the stacked ones."""
+    found = re.fullmatch(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)", name)
+    if found is None:
+        return network.get_submodule(name).weight
+    experts, number = network.get_submodule(f"{found[1]}.mlp.experts"), int(found[2])
+    if found[3] in ("down_proj", "w2"):
+        return experts.down_proj[number]
+    gate, up = experts.gate_up_proj[number].chunk(2)
+    return gate if found[3] in ("gate_proj", "w1") else up
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -13,14 +13,14 @@ from halfbyte.engine import Skeleton
 from halfbyte.engine.backprop import Tape, equal_lengths
 from halfbyte.engine.importance import SINK, SMOOTH, every_token, first_token
 from halfbyte.models import Checkpoint
-from tests.tiny import FAMILIES, VOCAB, make_tiny
+from tests.tiny import DENSE, VOCAB, make_tiny
 
 
 def _ids(batch: int = 2, length: int = 40) -> torch.Tensor:
     return torch.randint(5, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_streamed_gradients_are_the_models_own(family: str, tmp_path: Path) -> None:
     path = make_tiny(family, tmp_path)
     ids, labels = _ids(), _ids().roll(1, 1)

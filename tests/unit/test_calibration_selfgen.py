@@ -12,7 +12,7 @@ from halfbyte.calibration.selfgen import _sample
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.schema import CalibrationSpec
 from halfbyte.types import Quiet
-from tests.tiny import FAMILIES, make_tiny, tiny_tokenizer
+from tests.tiny import DENSE, make_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_sample_inverts_the_distribution():
     assert _sample(logits[:1], torch.zeros(1)).tolist() == [0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_every_token_is_what_its_draw_picks_from_the_model(models, family):
     model = Ending(models(family), -1e9)
     own = generate(model, plain(), [40, 24, 33, 40], seed=5, batch_size=3)

@@ -3,8 +3,10 @@
 import re
 
 import yaml
+from huggingface_hub import ModelCard, metadata_load
 
 from halfbyte.artifact.card import model_card
+from halfbyte.models.licence import licence_of
 from tests.unit import report_files as files
 
 
@@ -85,3 +87,75 @@ def test_hostile_text_adds_no_markup():
     assert "\n---" not in prose and "\nlicense" not in prose
     assert "<script" not in prose and not re.search(r"(?<!\\)\]\(", prose)
     assert "&lt;script&gt;" in prose
+
+
+def three(value, spread=0.1):
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def test_the_hub_s_own_parser_reads_it(tmp_path):
+    model = {
+        "hub_id": "HuggingFaceTB/SmolLM2-135M",
+        "license": {"license": "other", "license_name": "x", "license_link": "y"},
+    }
+    (tmp_path / "README.md").write_text(model_card({**files.manifest(), "model": model}, files.evaluation()))
+    card = ModelCard.load(tmp_path / "README.md")
+    fields = card.data.to_dict()
+    assert (card.data.base_model, fields["base_model_relation"]) == ("HuggingFaceTB/SmolLM2-135M", "quantized")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "x", "y")
+    assert card.data.pipeline_tag == "text-generation" and card.data.library_name == "transformers"
+    assert metadata_load(tmp_path / "README.md") == fields and card.text.lstrip().startswith("# SmolLM2")
+
+
+def test_the_licence_is_the_base_models(tmp_path):
+    card = tmp_path / "README.md"
+    assert licence_of(tmp_path) is None
+    for text in ("no front matter", "---\n[1\n---\n", "---\ntags: [a]\n---\n", "---\nlicense: [mit]\n---\n"):
+        card.write_text(text)
+        assert licence_of(tmp_path) is None, text
+    card.write_text("---\nlanguage: en\nlicense: llama3\nlicense_link: LICENSE\nlicense_name: 3\n---\nText")
+    assert licence_of(tmp_path) == {"license": "llama3", "license_link": "LICENSE"}
+
+
+def test_tasks_long_context_and_speed_are_told():
+    piqa = {"name": "piqa", "metric": "acc", "items": 500, "baseline": three(0.7), "model": three(0.63)}
+    tasks = {"tasks": [{**piqa, "recovery": three(0.9)}], "average": {"recovery": three(0.9)}}
+    retrieval = [
+        {"task": t, "length": 4096, "scores": {"bf16": three(1.0), "4bit": three(s)}}
+        for t, s in (("a", 0.8), ("b", 0.6))
+    ]
+    ok, oom = {"status": "ok", "output_tokens_per_second": three(1000)}, {"status": "out of memory"}
+    bench = {
+        "platform": "h100", "hardware": "NVIDIA H100", "vllm": "0.26.0", "input_tokens": 128, "output_tokens": 64,
+        "points": [{"concurrency": 16, "baseline": ok, "model": ok, "speedup": three(1.5)},
+                   {"concurrency": 64, "baseline": oom, "model": ok, "speedup": None}],
+    }  # fmt: skip
+    more = {"tasks": tasks, "long_context": {"retrieval": retrieval, "drift": {"4bit": three(0.3)}}, "bench": bench}
+    card = model_card(files.manifest(), **more)
+    assert "| piqa, acc | 500 | 0.7 | 0.63 | 90.0% | 80.0% to 100.0% |\n| average | | | | 90.0%" in card
+    assert "| 4,096 | 100.0% | 70.0% |" in card and "Largest loss of retrieval against BF16: 30.0%" in card
+    assert "| 16 | 1000 | 1000 | 1.50× | 1.40× to 1.60× |\n| 64 | out of memory | 1000 | – | – |" in card
+    assert "Measured on h100, NVIDIA H100, vLLM 0.26.0, 128 tokens in and 64 out." in card
+    assert "Not measured: tasks" not in card
+    bare = model_card(files.manifest())
+    assert "Not measured: tasks and speed." in bare and "## Speed" not in bare and "## Long context" not in bare
+
+
+def test_notices_and_unstable_answers_are_limitations():
+    card = model_card(
+        {**files.manifest(), "notices": [f"notice {i}" for i in range(8)]},
+        stability={"ok": False, "reasons": ["it <b>loops"]},
+    )
+    assert "- While it was made: notice 4." in card and "notice 5" not in card and "- 3 further notices" in card
+    assert "Long answers were NOT stable: it &lt;b&gt;loops." in card
+
+
+def test_hostile_results_add_no_markup():
+    evil = "<script>x</script> | [a](b)\n---\n"
+    row = {"name": evil, "metric": evil, "items": evil, "baseline": evil, "recovery": {"value": evil}}
+    point = {"concurrency": evil, "baseline": {"status": evil}, "model": None, "speedup": evil}
+    bench = {"platform": evil, "hardware": evil, "vllm": evil, "input_tokens": evil, "points": [point, evil]}
+    card = model_card(
+        files.manifest(), tasks={"tasks": [row], "average": None}, bench=bench, long_context={"retrieval": [row, 3]}
+    )
+    assert "<script" not in card and "\n---\n" not in card.split("---\n", 2)[2]

@@ -12,10 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.calibration import CalibrationSet, generate
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate import bootstrap, compare, score_reference, set_windows, text_windows, write_result
+from halfbyte.evaluate import (
+    bootstrap,
+    compare,
+    mixed_windows,
+    score_reference,
+    set_windows,
+    text_windows,
+    write_result,
+)
 from halfbyte.evaluate.scoring import logits_of
-from halfbyte.evaluate.windows import Windows, batches
-from tests.tiny import FAMILIES, make_tiny, tiny_tokenizer
+from halfbyte.evaluate.windows import Windows, batches, doubling
+from tests.tiny import DENSE, make_tiny, tiny_tokenizer
 from tests.unit.test_calibration import with_bos
 
 
@@ -61,7 +69,7 @@ def naive(baseline, model, windows):
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("batch_tokens", [1, 100])
 def test_scores_equal_the_naive_ones(models, family, batch_tokens, monkeypatch):
     monkeypatch.setattr("halfbyte.evaluate.scoring.CHUNK_ELEMENTS", {"cpu": 7 * 320})
@@ -89,7 +97,7 @@ def test_a_model_equals_itself_and_the_noise_floor_is_small(models):
     assert 0 <= found.noise_floor["kl_mean"] < 1e-2 and found.noise_floor["top1"] > 0.9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_two_pieces_are_the_same_mathematics(models, family):
     ids = random_windows([50]).ids[0].unsqueeze(0)
     model = models(family)
@@ -206,12 +214,50 @@ def test_result_file(models, tmp_path):
     assert path.name == "eval.json" and (result["schema"], result["kind"], result["confidence"]) == (1, "eval", 0.95)
     assert set(result) == {
         "schema", "kind", "model", "baseline", "text", "metrics", "noise_floor", "self_generated", "seconds",
-        "confidence",
+        "confidence", "by_position", "by_confidence", "kl_histogram", "worst",
     }  # fmt: skip
     assert result["text"] == {
         "source": "random", "sha256": windows.sha256, "windows": 3, "window": 20, "stride": 20, "tokens": 49,
     }  # fmt: skip
     assert set(result["metrics"]) == {
-        "ppl_baseline", "ppl", "ppl_ratio", "kl_mean", "kl_median", "kl_p99", "kl_p999", "top1", "loglik_gap",
+        "ppl_baseline", "ppl", "ppl_ratio", "kl_mean", "kl_median", "kl_p99", "kl_p999", "top1", "flips", "loglik_gap",
     }  # fmt: skip
     assert set(result["noise_floor"]) == {"kl_mean", "top1", "ppl_ratio", "how"}
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), with_bos()])
+def test_mixed_windows_follow_the_stream(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("Some text that goes on, " * 400)
+    stream = tokenizer((tmp_path / "a.txt").read_text(), add_special_tokens=False)["input_ids"]
+    windows = mixed_windows(tmp_path / "a.txt", tokenizer, tokens=6000, longest=1024)
+    lengths = [len(ids) for ids in windows.ids]
+    assert lengths == [256] * 8 + [512] * 4 + [1024] * 2 and windows.window == 1024
+    head = len(windows.ids[0]) - int(windows.scored[0].sum()) if windows.ids[0][0] == 1 else 0
+    kept = [ids[head:] for ids in windows.ids]
+    assert torch.cat(kept).tolist() == stream[: sum(lengths) - head * len(lengths)]
+    assert windows.tokens == sum(lengths) - len(lengths)
+    with pytest.raises(HalfbyteError, match=r"the text gives 9,600, .* need"):
+        mixed_windows(tmp_path / "a.txt", tokenizer, tokens=20000, longest=1024)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "lengths"),
+    [
+        (50_000, 8192, {256: 33, 512: 16, 1024: 8, 2048: 4, 4096: 2, 8192: 1}),
+        (50_000, 131_072, {256: 33, 512: 16, 1024: 8, 2048: 4, 4096: 2, 8192: 1}),
+        (5000, 8192, {256: 7, 512: 3, 1024: 2}),
+        (50_000, 2000, {256: 49, 512: 24, 1024: 12, 2000: 6}),
+        (100, 64, {64: 2}),
+        (300, 256, {256: 1}),
+    ],
+)
+def test_lengths_double_up_to_what_fits(tokens, longest, lengths):
+    found = doubling(tokens, longest)
+    assert found == sorted(found) and {n: found.count(n) for n in found} == lengths
+    assert abs(sum(found) - tokens) <= tokens / 3
+
+
+def test_lengths_that_cannot_be_are_refused():
+    for tokens, longest in ((1, 64), (64, 1)):
+        with pytest.raises(UsageError, match="do not fit"):
+            doubling(tokens, longest)

@@ -17,12 +17,23 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.formats import FormatError, fused_groups, get_format
 from halfbyte.serving import find_vllm
 from halfbyte.types import QuantizedLinear, Scheme
+from tests.handmade import make_artifact
+from tests.unit import test_formats_experts as experts
 from tests.unit.test_formats_config import FUSED, KINDS, POLICIES, policy
 from tests.unit.test_formats_roundtrip import NAME, make
 
 pytestmark = pytest.mark.vllm
 ORACLE = Path(__file__).parents[1] / "vllm_oracle.py"
 GROUPS = {"int4_sym": (32, 64, 128, 384), "int4_asym": (32, 64, 128, 384), "nvfp4": (16, 32, 64, 128)}
+
+Oracle = tuple[dict[str, torch.Tensor], list, dict[str, dict]]
+"""Weights by case, decisions by config, what became of experts by artifact."""
+EXPERTS = {
+    f"{family} {kind} {grid} {activations}": (family, kind, grid, group, activations)
+    for kind, grid, group, activations in [*((*k, "bf16") for k in KINDS), ("modelopt", "nvfp4", 16, "fp4")]
+    for family in (("mixtral", "qwen3_moe") if kind == "gptq" else ("mixtral",))
+}
+"""Artifacts whose experts vLLM's loader is given."""
 
 
 def linears() -> dict[str, tuple[str, QuantizedLinear]]:
@@ -62,8 +73,19 @@ def configs() -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def sparse_configs() -> list[tuple[str, str, dict[str, Any]]]:
+    """(family, format, config): every policy of mixtures of experts in every format."""
+    made = []
+    for name, family in experts.FAMILIES.items():
+        for kind, grid, group in KINDS:
+            for keep in experts.POLICIES.values():
+                schemes = experts.policy(family, keep, grid, group)
+                made.append((name, kind, get_format(kind).config(schemes, experts.fused_of(family))))
+    return made
+
+
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list]:
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """What vLLM dequantizes and decides, for all cases at once (it takes long to import)."""
     try:
         python = find_vllm().python
@@ -76,23 +98,28 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Te
         tensors |= {f"{case}/{n.removeprefix(f'{NAME}.')}": t for n, t in packed.items()}
     save_file(tensors, directory / "cases.safetensors")
     entries = [{"config": c, "modules": fused_groups(FUSED)} for _, c in configs()]
+    modules = {name: fused_groups(experts.fused_of(family)) for name, family in experts.FAMILIES.items()}
+    entries += [{"config": c, "modules": modules[name]} for name, _, c in sparse_configs()]
     (directory / "configs.json").write_text(json.dumps(entries))
+    for name, (family, kind, grid, group, activations) in EXPERTS.items():
+        make_artifact(directory / "experts" / name, kind, grid, group, family=family, activations=activations)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [python, ORACLE, directory], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(directory / "weights.safetensors"), json.loads((directory / "decisions.json").read_text())
+    decisions, loaded = (json.loads((directory / f"{name}.json").read_text()) for name in ("decisions", "experts"))
+    return load_file(directory / "weights.safetensors"), decisions, loaded
 
 
 @pytest.mark.parametrize("case", linears())
-def test_vllm_dequantizes_to_the_same_weights(case: str, oracle: tuple[dict[str, torch.Tensor], list]) -> None:
+def test_vllm_dequantizes_to_the_same_weights(case: str, oracle: Oracle) -> None:
     _, q = linears()[case]
     torch.testing.assert_close(oracle[0][case], dequantize(q), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("index", range(len(configs())))
-def test_vllm_reads_the_same_schemes(index: int, oracle: tuple[dict[str, torch.Tensor], list]) -> None:
+def test_vllm_reads_the_same_schemes(index: int, oracle: Oracle) -> None:
     kind, config = configs()[index]
     theirs = oracle[1][index]
     try:
@@ -105,3 +132,26 @@ def test_vllm_reads_the_same_schemes(index: int, oracle: tuple[dict[str, torch.T
         for shard in shards:
             scheme = ours[shard]
             assert (None if scheme is None else scheme.group_size) == theirs[fused], (fused, config)
+
+
+@pytest.mark.parametrize("index", range(len(sparse_configs())))
+def test_vllm_reads_the_same_schemes_of_experts(index: int, oracle: Oracle) -> None:
+    name, kind, config = sparse_configs()[index]
+    theirs, names = oracle[1][len(configs()) + index], experts.fused_of(experts.FAMILIES[name])
+    ours = get_format(kind).parse(config, names)
+    assert isinstance(theirs, dict), theirs
+    for fused, shards in fused_groups(names).items():
+        for shard in shards:
+            scheme = ours[shard]
+            assert (None if scheme is None else scheme.group_size) == theirs[fused], (fused, config)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_vllm_loads_every_tensor_of_the_experts_into_its_place(name: str, oracle: Oracle) -> None:
+    """Gate and up of each expert stacked, down beside them; nothing is left unfilled that its kernels read."""
+    found, kind = oracle[2][name], EXPERTS[name][1]
+    unread = {"w13_bias", "w2_bias"} if kind == "gptq" else set()  # zero unless a file has them
+    if name.endswith("bf16"):  # of quantized activations, which these are not
+        unread |= {f"{w}_{leaf}" for w in ("w13", "w2") for leaf in ("input_scale", "input_global_scale")}
+    assert found["wrong"] == [] and set(found["left"]) <= unread
+    assert len(found["loaded"]) >= 6 and "MoE" in found["method"]

@@ -3,7 +3,8 @@
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.experiments.gates import evaluate_gates, parse_gate, resolve_gates
+from halfbyte.experiments.gate_kinds import kinds
+from halfbyte.experiments.gates import DEFAULT_GATES, evaluate_gates, parse_gate, resolve_gates, shortfall
 
 
 def evaluation(**metrics):
@@ -50,9 +51,11 @@ def test_did_you_mean():
 
 
 def test_defaults_are_replaced_dropped_and_joined():
-    assert [(g.name, g.spell()) for g in resolve_gates()] == [("ppl", "+5%"), ("top1", "90%")]
+    defaults = [("ppl", "+5%"), ("top1", "90%"), ("tasks", "-2%"), ("speed@1", "+60%")]
+    assert [(g.name, g.spell()) for g in resolve_gates()] == defaults
     gates = resolve_gates(["ppl=+18%", "top1=off", "kl=0.2"])
-    assert [(g.name, g.spell()) for g in gates] == [("ppl", "+18%"), ("kl", "0.2")]
+    assert [(g.name, g.spell()) for g in gates] == [("ppl", "+18%"), defaults[2], defaults[3], ("kl", "0.2")]
+    assert [g.name for g in gates if g.stated] == ["ppl", "kl"]
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,197 @@ def test_a_rejection_says_what_is_known_of_the_files():
     for other in (None, unserved):
         assert "The artifact is sound, but it loses" in judge(["ppl=+5%"], measured, check=sound, served=other)["text"]
     assert "The artifact was not checked, and it loses" in judge(["ppl=+5%"], measured)["text"]
+
+
+def metric(value, low=None, high=None):
+    return {"value": value, "low": value if low is None else low, "high": value if high is None else high}
+
+
+def rows_of(texts, **files):
+    """The rows of gates on other result files: bench=…, tasks=… are the contents of bench.json, tasks.json."""
+    results = {f"{name}.json": tree for name, tree in files.items()}
+    judged = evaluate_gates(resolve_gates(texts, defaults=()), None, results=results)
+    return {row["name"]: row for row in judged["gates"]}
+
+
+def test_every_gate_is_data_with_a_source_and_an_example():
+    for name, kind in kinds().items():
+        assert kind.source.startswith(("strategy, ", "halfbyte: ")) and kind.file.endswith(".json")
+        gate = parse_gate(kind.example)
+        assert gate.family == name and parse_gate(gate.spelled) == gate
+    assert DEFAULT_GATES == ("ppl=+5%", "top1=90%", "tasks=-2%", "speed@1=+60%")
+
+
+@pytest.mark.parametrize(
+    "text, limit",
+    [
+        ("tasks=-2%", -0.02),
+        ("task:arc_easy=-1%", -0.01),
+        ("task:a:b=-1%", -0.01),
+        ("speed@16=+20%", 0.2),
+        ("speed@256=-10%", -0.1),
+        ("memory@64=40GiB", 40.0),
+        ("memory@64=40", 40.0),
+        ("long_context=5%", 0.05),
+    ],
+)
+def test_parse_the_others(text, limit):
+    gate = parse_gate(text)
+    assert gate.limit == pytest.approx(limit) and parse_gate(gate.spelled) == gate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tasks=2%", "tasks=-2", "tasks:arc=-1%", "task=-1%", "task:=-1%", "speed=+60%", "speed@=+60%", "speed@x=+60%",
+        "speed@0=+60%", "speed@1=60", "memory@64=5%", "memory@64=big", "memory=40GiB", "kl=1GiB", "ppl@4=+5%",
+        "stability=5%", "long_context=-5%",
+    ],
+)  # fmt: skip
+def test_wrong_gates_of_the_others_are_one_line(text):
+    with pytest.raises(UsageError) as caught:
+        parse_gate(text)
+    assert "--gate" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_gate_at_one_concurrency_takes_the_defaults_place():
+    assert [g.name for g in resolve_gates(["speed@16=+20%", "speed@64=0%"]) if g.family == "speed"] == [
+        "speed@16",
+        "speed@64",
+    ]
+    assert "speed@1" not in {g.name for g in resolve_gates(["speed@1=off"])}
+
+
+@pytest.mark.parametrize(
+    "gate, numbers, status",
+    [
+        ("tasks=-2%", (-0.01, -0.019, 0.0), "passed"),
+        ("tasks=-2%", (-0.01, -0.021, 0.0), "failed"),
+        ("task:arc=-1%", (-0.005, -0.0099, 0.0), "passed"),
+        ("task:arc=-1%", (-0.005, -0.011, 0.0), "failed"),
+    ],
+)
+def test_tasks(gate, numbers, status):
+    tree = {"tasks": [{"name": "arc", "higher_is_better": True, "difference": metric(*numbers)}]}
+    tree["average"] = {"difference": metric(*numbers)}
+    row = rows_of([gate], tasks=tree)[gate.split("=")[0]]
+    assert (row["status"], row["measured_in"], row["required"]) == (status, "tasks.json", True)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx(numbers)
+    assert row["margin"] == pytest.approx(numbers[1] - parse_gate(gate).limit)
+
+
+def test_a_task_where_less_is_better_and_one_that_is_not_there():
+    tree = {"tasks": [{"name": "wer", "higher_is_better": False, "difference": metric(0.01, 0.0, 0.03)}]}
+    rows = rows_of(["task:wer=-2%", "task:other=-1%"], tasks=tree)
+    assert rows["task:wer"]["status"] == "failed" and rows["task:wer"]["low"] == pytest.approx(-0.03)
+    assert rows["task:other"]["status"] == "not measured"
+    assert "not among the tasks" in rows["task:other"]["text"]
+
+
+def bench(**points):
+    rows = []
+    for name, (status, speedup) in points.items():
+        ran = {"status": "ok"}
+        model = {"status": status, "reason": "" if status == "ok" else "CUDA ran out"}
+        rows.append({"concurrency": int(name[1:]), "baseline": ran, "model": model, "speedup": speedup})
+    return {"platform": "h100", "points": rows, "confidence": 0.9}
+
+
+def test_speed_is_judged_at_each_concurrency():
+    tree = bench(c1=("ok", metric(1.7, 1.61, 1.8)), c16=("ok", metric(1.2, 1.1, 1.3)), c64=("out of memory", None))
+    rows = rows_of(["speed@1=+60%", "speed@16=+20%", "speed@64=-50%", "speed@8=+1%"], bench=tree)
+    statuses = {name: row["status"] for name, row in rows.items()}
+    assert statuses == {"speed@1": "passed", "speed@16": "failed", "speed@64": "failed", "speed@8": "not measured"}
+    assert rows["speed@1"]["low"] == pytest.approx(0.61) and "(90% confidence)" in rows["speed@1"]["text"]
+    assert "out of memory, CUDA ran out" in rows["speed@64"]["text"]
+    lone = bench(c1=("ok", None))
+    lone["points"][0]["baseline"] = {"status": "out of memory"}
+    told = rows_of(["speed@1=+60%"], bench=lone)["speed@1"]
+    assert told["status"] == "not measured" and "BF16: out of memory" in told["text"], "nothing to compare with"
+
+
+def drift(*values, fp8=None):
+    names = ("4bit", "4bit+fp8kv")
+    return {name: metric(*v) for name, v in zip(names, (values, fp8)) if v}
+
+
+def test_long_context_by_kv_cache():
+    tree = {"drift": drift(0.02, 0.0, 0.04, fp8=(0.1, 0.08, 0.2)), "ppl_drift": drift(0.01, fp8=(0.02,))}
+    fp8, auto = ({"kv_cache": [{"kv_cache_dtype": dtype}]} for dtype in ("fp8", "auto"))
+    names = ["retrieval", "ppl", "retrieval@fp8", "ppl@fp8"]
+    rows = rows_of(["long_context=5%"], long_context=tree, plan=fp8)
+    assert [name.removeprefix("long_context:") for name in rows] == names
+    assert [row["status"] for row in rows.values()] == ["passed", "passed", "failed", "passed"]
+    assert list(rows_of(["long_context=5%"], long_context=tree)) == list(rows), "no plan: what was measured counts"
+    without = rows_of(["long_context=5%"], long_context=tree, plan=auto)
+    assert [row["status"] for row in without.values()] == ["passed", "passed"]
+    bare = {"drift": drift(0.0), "ppl_drift": drift(0.0)}
+    unmeasured = rows_of(["long_context=5%"], long_context=bare, plan=fp8)
+    assert [row["status"] for row in unmeasured.values()] == ["passed", "passed", "not measured", "not measured"]
+
+
+def test_memory_by_estimate_and_by_benchmark():
+    def level(gib, fits):
+        return {"concurrency": 64, "context": 4096, "total_bytes": int(gib * 2**30), "fits": fits}
+
+    plan = {"memory": [
+        {"platform": "h100", "levels": [level(30, True)]},
+        {"platform": "small", "levels": [], "asked": [level(20, False)]},
+    ]}  # fmt: skip
+    rows = rows_of(["memory@64=40GiB", "memory@8=fits"], plan=plan)
+    assert rows["memory@64"]["status"] == "passed" and rows["memory@64"]["value"] == 30
+    assert "30GiB on h100" in rows["memory@64"]["text"] and "estimate" in rows["memory@64"]["text"]
+    assert rows["memory@8"]["status"] == "not measured"
+    assert rows_of(["memory@64=25GiB"], plan=plan)["memory@64"]["status"] == "failed"
+    assert rows_of(["memory@64=fits"], plan=plan)["memory@64"]["status"] == "failed"
+    plan["memory"].pop()
+    assert rows_of(["memory@64=fits"], plan=plan)["memory@64"]["status"] == "passed"
+    died = rows_of(["memory@64=fits"], plan=plan, bench=bench(c64=("out of memory", None)))["memory@64"]
+    assert (died["status"], died["measured_in"]) == ("failed", "bench.json")
+    plan["memory"][0]["levels"] = [level(30, None)]
+    assert rows_of(["memory@64=fits"], plan=plan)["memory@64"]["status"] == "not measured"
+    ran = rows_of(["memory@64=fits"], plan=plan, bench=bench(c64=("ok", metric(1.0))))["memory@64"]
+    assert (ran["status"], ran["measured_in"]) == ("passed", "plan.json, bench.json")
+
+
+def test_stability():
+    sound, bad = {"ok": True, "reasons": []}, {"ok": False, "reasons": ["3 of 40 answers repeat themselves"]}
+    assert rows_of(["stability"], stability=sound)["stability"]["status"] == "passed"
+    row = rows_of(["stability"], stability=bad)["stability"]
+    assert row["status"] == "failed" and "answers repeat themselves" in row["text"]
+    assert rows_of(["stability"])["stability"]["status"] == "not measured"
+    judged = evaluate_gates(resolve_gates(["stability"], defaults=()), None, results={"stability.json": bad})
+    assert judged["text"].endswith("Read stability.json before you serve it.")
+
+
+def test_what_was_not_asked_for_does_not_block_and_is_named():
+    good = evaluation(ppl_ratio=(1.0, 1.0, 1.0), top1=(0.95, 0.94, 0.96))
+    result = evaluate_gates(resolve_gates(), good)
+    rows = {row["name"]: row for row in result["gates"]}
+    assert result["verdict"] == "accepted" and not rows["tasks"]["required"] and rows["ppl"]["required"]
+    assert "every gate that was measured holds" in result["text"]
+    assert "Not measured in this run, and not judged: tasks -2%, speed@1 +60% (--tasks, --bench" in result["text"]
+    asked = evaluate_gates(resolve_gates(), good, asked={"eval.json", "tasks.json"}, why={"tasks.json": "no lm-eval"})
+    assert asked["verdict"] == "incomplete" and asked["text"].startswith("Incomplete: tasks not measured")
+    assert asked["gates"][2]["text"].endswith("not measured (no lm-eval)")
+    assert evaluate_gates(resolve_gates(["speed@1=+60%"]), good)["verdict"] == "incomplete"
+    slow = evaluate_gates(resolve_gates(), good, results={"bench.json": bench(c1=("ok", metric(1.5)))})
+    assert slow["verdict"] == "rejected", "what was measured counts, asked for or not"
+    assert "plan" in slow["text"] and "group_size" not in slow["text"]
+
+
+def test_shortfalls_are_shares_of_the_limit():
+    gates = resolve_gates(["ppl=+5%", "kl=0.1", "top1=off", "tasks=off", "speed@1=off"])
+    worse = evaluate_gates(gates, evaluation(ppl_ratio=(1.1, 1.1, 1.15), kl_mean=(0.08, 0.07, 0.09)))["gates"]
+    assert shortfall(gates, worse) == pytest.approx(2.0)
+    both = evaluate_gates(gates, evaluation(ppl_ratio=(1.1, 1.1, 1.15), kl_mean=(0.3, 0.2, 0.4)))["gates"]
+    assert shortfall(gates, both) == pytest.approx(5.0)
+    broken = evaluate_gates(gates, evaluation(ppl_ratio=(float("nan"),) * 3, kl_mean=(0.0, 0.0, 0.0)))["gates"]
+    assert shortfall(gates, broken) == float("inf")
+
+
+def test_what_was_tried_stands_in_the_place_of_advice():
+    measured = evaluation(ppl_ratio=(1.2, 1.19, 1.21))
+    gates = resolve_gates(["ppl=+5%"], defaults=())
+    text = evaluate_gates(gates, measured, {"ok": True, "tensors": 9}, tried="The ladder ended.")["text"]
+    assert text.endswith("loses more than the budget allows. The ladder ended.") and "choose" not in text

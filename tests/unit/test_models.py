@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte.models.checkpoint as checkpoint_module
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.models import Checkpoint, family_of, hash_file, resolve_model
-from tests.tiny import FAMILIES, make_tiny
+from tests.tiny import FAMILIES, SPARSE, make_tiny
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 
@@ -178,7 +178,7 @@ def test_a_broken_config_is_one_line(text: str, tmp_path: Path) -> None:
     assert "config.json" in one_line(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mixtral", None, 5, ["llama"], ""])
+@pytest.mark.parametrize("kind", ["mamba", "jamba", None, 5, ["llama"], ""])
 def test_an_unknown_architecture_names_the_known_ones(kind: object) -> None:
     with pytest.raises(HalfbyteError, match="llama, mistral") as caught:
         family_of({**CONFIG, "model_type": kind})
@@ -206,10 +206,14 @@ def test_a_familys_names_are_those_of_its_checkpoint(family: str, tmp_path: Path
     known = family_of(checkpoint.config)
     named = {f"{n}.weight" for i in range(known.num_blocks) for n in known.linears(i)}
     matrices = {n for n, t in checkpoint.tensors.items() if len(t.shape) == 2} - {"lm_head.weight"}
-    assert named == matrices - {f"{known.embedding}.weight"}
+    routers = {f"{n}.weight" for i in range(known.num_blocks) for n in known.routers(i)}
+    assert named | routers == matrices - {f"{known.embedding}.weight"} and not named & routers
+    assert bool(routers) == (family in SPARSE)
     assert known.tied != checkpoint.has("lm_head.weight")
-    for fold in known.architecture.folds:
-        assert checkpoint.has(f"{known.block(0)}.{fold.norm or fold.linear}.weight")
+    for index in range(known.num_blocks):
+        assert {fold.kind for fold in known.folds_of(index)} <= {group.key for group in known.groups_of(index)}
+        for fold in known.folds_of(index):
+            assert checkpoint.has(f"{known.block(index)}.{fold.norm or fold.linear}.weight")
     width = known.num_heads * known.head_dim
     assert checkpoint.tensors[f"{known.block(0)}.self_attn.o_proj.weight"].shape == (known.hidden_size, width)
 

@@ -155,12 +155,19 @@ def test_mixtures_of_experts_are_planned(of):
     assert (moe["experts"], moe["experts_per_token"], moe["routers"]) == (8, 2, 32)
     assert moe["router_bytes"] == 32 * 8 * 4096 * 2
     rows = {row["linear"]: row for row in plan["linears"]}
-    assert {rows[name]["count"] for name in ("w1", "w2", "w3")} == {32 * 8} and "gate" not in rows
+    assert {rows[name]["count"] for name in ("w1", "w2", "w3")} == {32 * 8}
+    assert (rows["gate"]["kind"], rows["gate"]["grid"], rows["gate"]["count"]) == ("router", "bf16", 32)
+    assert rows["gate"]["bytes_after"] == moe["router_bytes"]
     in_experts = 32 * 8 * 3 * 4096 * 14336
     assert sum(rows[name]["parameters"] for name in ("w1", "w2", "w3")) == in_experts
     assert 46e9 < plan["model"]["parameters"] < 47e9
     assert plan["bytes"]["after"] < 0.27 * plan["bytes"]["before"]
-    assert any("quantize does not support mixtral yet" in notice for notice in plan["notices"])
+    assert moe["active_parameters"] == plan["model"]["parameters"] - in_experts * 6 // 8
+    assert any("2 of 8 experts, 28% of the parameters" in notice for notice in plan["notices"])
+    assert any(
+        "experts run in" in warning["text"] and "source, vLLM" in warning["source"] for warning in plan["warnings"]
+    )
+    assert not any(row["bytes_added"] for row in plan["exemptions"] if row["reason"].startswith("router"))
     assert "8 experts a block" in render_plan(plan)
     small = make_plan(of(QWEN3_MOE), None, [CPU])
     assert small["model"]["moe"]["experts"] == 16

@@ -129,6 +129,8 @@ def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_sound_template_says_what_transformers_says_and_leaves_no_process() -> None:
     tokenizer = tiny_tokenizer()
     assert render_chat(tokenizer, CHAT) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert render_chat(tokenizer, CHAT, answer=True) == render_chat(tokenizer, CHAT) + "assistant:"
     pid = render._CHILDREN[tokenizer].pid
     tokenizer.chat_template = "another: {{ messages[0].content }}"
     assert render_chat(tokenizer, CHAT) == "another: hi"

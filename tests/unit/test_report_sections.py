@@ -261,6 +261,7 @@ def test_ticks_are_round_and_inside() -> None:
 def test_axes_hold_their_values() -> None:
     assert axis([0.2, 0.4]).low == 0 and axis([-1, -2]).high == 0
     assert axis([0.97, 1.0], zero=False, cap=1.0).high == 1.0
+    assert axis([0.0, 0.0]).place(0.0) == 0 and axis([0.0], cap=0.5).high == 0.5
     log = Axis(0.001, 10, log=True)
     assert [log.place(x) for x in (0.001, 0.1, 10)] == [0, 50, 100] and log.ticks() == [0.001, 0.01, 0.1, 1, 10]
     assert Axis(0, 2).place(0.5) == 25

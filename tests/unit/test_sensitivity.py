@@ -50,6 +50,7 @@ CASES = {
     "gemma2-awq": ("gemma2", Recipe(method="awq", group_size=64)),
     "qwen2-nvfp4-head": ("qwen2", Recipe(method="nvfp4", group_size=16, ignore=(), propagate=True)),
     "phi3-rtn": ("phi3", Recipe(method="rtn", group_size=32)),
+    "mixtral-gptq": ("mixtral", Recipe(method="gptq", group_size=32)),
 }
 
 

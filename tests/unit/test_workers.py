@@ -35,7 +35,7 @@ def die_once(name: str) -> None:
 
 
 def dying_part(seat: Seat, part: Part) -> Any:
-    if part.block == 1 and "down" in part.kinds:
+    if part.block == 1 and "down" in part.stats:
         die_once("block-1")
     return loop.solve_part(seat, part)
 
@@ -162,9 +162,9 @@ def test_parts_hold_what_input_scales_tie(model: Path) -> None:
     tensors = {f"{name.removeprefix('model.layers.1.')}.weight": torch.ones(1) for name in names}
     tensors["input_layernorm.weight"] = torch.ones(1)
     stats = {kind: Stats.uniform(8) for kind in kinds}
-    first, second = divide(Part(family, 1, kinds, [awq, mlp], tensors, stats))
-    assert first.kinds == ("qkv", "o") and [len(s) for _, s in first.wanted] == [4, 0]
-    assert second.kinds == ("gate_up", "down") and [len(s) for _, s in second.wanted] == [3, 3]
+    first, second = divide(Part(family, 1, family.groups_of(1), [awq, mlp], tensors, stats))
+    assert tuple(first.stats) == ("qkv", "o") and [len(s) for _, s in first.wanted] == [4, 0]
+    assert tuple(second.stats) == ("gate_up", "down") and [len(s) for _, s in second.wanted] == [3, 3]
     assert set(first.tensors) == {n for n in tensors if "mlp" not in n} and set(second.stats) == {"gate_up", "down"}
 
 

@@ -56,10 +56,10 @@ def test_a_platform_file(model: Path, tmp_path: Path, as_json: Any) -> None:
     assert result["speed"][0]["served"][0]["basis"] == "roofline"
 
 
-def test_a_mixture_of_experts_has_no_next_step(tmp_path: Path, capsys: Any) -> None:
+def test_a_mixture_of_experts_has_a_next_step(tmp_path: Path, capsys: Any) -> None:
     assert halfbyte("plan", make_sparse(tmp_path / "m", MIXTRAL), "--on", "h100", "--explain") == 0
     shown = capsys.readouterr().out
-    assert "8 experts a block" in shown and "halfbyte quantize does not support this family yet" in shown
+    assert "8 experts a block" in shown and "next: halfbyte run" in shown
 
 
 def test_wrong_values_are_one_line(model: Path, refused: Any) -> None:

@@ -16,7 +16,7 @@ import halfbyte.artifact.writer as writer
 from halfbyte.artifact import check_artifact, load_fake_quantized
 from halfbyte.recipe import Recipe
 from tests.tiny import make_tiny
-from tests.unit.artifacts import random_set, values
+from tests.unit.artifacts import random_set, values, weight_of
 
 IDS = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(9))
 RTN = {"method": "rtn", "group_size": 64}
@@ -83,7 +83,7 @@ def by_hand(model: Path, seen: Chosen) -> Any:
         raise AssertionError("a tied lm_head was quantized")
     with torch.no_grad():
         for name, q in seen.linears.items():
-            network.get_submodule(name).weight.copy_(values(q))
+            weight_of(network, name).copy_(values(q))
         for name, tensor in seen.tensors.items():
             network.get_parameter(name).copy_(tensor)
     return network

@@ -14,19 +14,22 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte.models import Checkpoint
 from halfbyte.recipe import load_recipe
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, SPARSE
 from tests.unit.artifacts import random_set
 from tests.unit.quantizing.conftest import AWQ, GPTQ, RTN, Chosen, assert_sound, by_hand, kept, logits, make
+
+LINEARS = {"phi3": 8, "mixtral": 2 * (4 + 4 * 3), "qwen2_moe": 2 * (4 + 3 + 3 * 3), "qwen3_moe": 2 * (4 + 4 * 3) + 7}
 
 
 @pytest.mark.parametrize("recipe", [RTN, GPTQ], ids=["rtn", "gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, recipe: dict[str, Any], tiny: Any, tmp_path: Path, chosen: Chosen) -> None:
     model = tiny(family)
-    manifest = make(model, tmp_path / "out", recipe)
+    finer = {"group_size": 32} if family in SPARSE else {}  # rounding also changes what a router chooses
+    manifest = make(model, tmp_path / "out", {**recipe, **finer})
     assert_sound(model, tmp_path / "out", chosen)
     linears = {name for name, row in manifest["linears"].items() if row["scheme"]}
-    assert linears == set(chosen.linears) and len(linears) == (8 if family == "phi3" else 14)
+    assert linears == set(chosen.linears) and len(linears) == LINEARS.get(family, 14)
 
 
 OTHERS = {
@@ -54,6 +57,24 @@ def test_every_method_and_format(family: str, name: str, tiny: Any, tmp_path: Pa
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == method
     assert_sound(model, tmp_path / "out", chosen)
+
+
+MIXED = {
+    "mixtral": ("awq", "nvfp4", "ct-asym"),
+    "qwen2_moe": ("awq", "gptq-scaled", "ct-int4", "ct-nvfp4"),
+    "qwen3_moe": ("nvfp4-fp4", "propagated", "nvfp4-rtn", "rows"),
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in MIXED.items() for name in names])
+def test_mixtures_of_experts_in_every_format(family: str, name: str, tiny: Any, tmp_path: Path, chosen: Chosen) -> None:
+    recipe, method = OTHERS[name]
+    manifest = make(tiny(family), tmp_path / "out", recipe)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == method
+    assert_sound(tiny(family), tmp_path / "out", chosen)
+    routers = {name: row for name, row in manifest["linears"].items() if row["kind"] == "router"}
+    assert routers and all(row["scheme"] is None and "router" in row["reason"] for row in routers.values())
 
 
 def test_awq_scales_are_folded_and_not_lost(tiny: Any, tmp_path: Path, chosen: Chosen) -> None:

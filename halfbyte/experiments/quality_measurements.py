@@ -1,0 +1,76 @@
+"""What a run measures of its artifact's quality beside eval.json: tasks, and drift on long context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.artifact import load_fake_quantized
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.long_context import LONGEST, SHORTEST, evaluate_long_context
+from halfbyte.evaluate.pair import Pair, Serving
+from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks
+from halfbyte.experiments.mitigation import KV_FLAG
+from halfbyte.experiments.quantize import load_model, load_tokenizer
+from halfbyte.files import portable
+from halfbyte.serving import find_vllm
+
+if TYPE_CHECKING:
+    from halfbyte.experiments.measurements import Subject
+
+FP8 = "fp8"
+
+
+def task_names(subject: Subject) -> list[str]:
+    """What --tasks names (names, YAML files, with commas between); else the tasks that gates name; else the default
+    set."""
+    said = [word.strip() for word in subject.options.get("tasks", "").split(",") if word.strip()]
+    return said or subject.arguments("task") or [DEFAULT]
+
+
+def tasks_key(subject: Subject) -> Mapping[str, Any]:
+    """What tasks.json depends on beside the artifact."""
+    return {"tasks": task_names(subject), "device": subject.device}
+
+
+def tasks(subject: Subject) -> Mapping[str, Any]:
+    """tasks.json, of the models in memory."""
+    return evaluate_tasks(_pair(subject), task_names(subject), progress=subject.progress)
+
+
+def lengths(subject: Subject) -> list[int] | None:
+    """4096 and its doubles up to the context that is served; None: up to what the model allows."""
+    if subject.context is None:
+        return None
+    found = [SHORTEST << step for step in range(6) if SHORTEST << step <= min(subject.context, LONGEST)]
+    return found or [subject.context]
+
+
+def long_context_key(subject: Subject) -> Mapping[str, Any]:
+    """What long_context.json depends on beside the artifact and its platforms."""
+    return {"lengths": lengths(subject), "vllm": subject.vllm, "device": subject.device}
+
+
+def long_context(subject: Subject) -> Mapping[str, Any]:
+    """long_context.json: of vLLM where an FP8 KV cache is served (nothing else has one), else of the models in
+    memory."""
+    served = [p.name for p in subject.platforms if str(p.flags.get(KV_FLAG, "")).startswith(FP8)]
+    pair = _pair(subject)
+    if served and _has_vllm(subject):
+        serving = Serving(subject.out, served[0], subject.vllm)
+        pair = Pair(subject.path, subject.artifact, pair.tokenizer, pair.names, serving)
+    return evaluate_long_context(pair, lengths(subject), text=subject.text, progress=subject.progress)
+
+
+def _pair(subject: Subject) -> Pair:
+    names = portable(subject.model), "model"
+    quantized = load_fake_quantized(subject.artifact, device=subject.device)
+    return Pair(load_model(subject.path, subject.device), quantized, load_tokenizer(subject.path), names)
+
+
+def _has_vllm(subject: Subject) -> bool:
+    try:
+        find_vllm(subject.vllm)
+    except HalfbyteError:
+        return False
+    return True

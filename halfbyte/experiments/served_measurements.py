@@ -1,0 +1,53 @@
+"""What a run measures of its artifact in vLLM beside `served`: speed against BF16, and stability.
+
+The single runs are kept in the run's directory under serving/, so that a killed measurement goes on where it was, and
+another concurrency only adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Measured, Variant, measure
+from halfbyte.evaluate.speed_result import bench_result, stability_result
+from halfbyte.evaluate.stability import Watch
+from halfbyte.serving import find_vllm
+
+if TYPE_CHECKING:
+    from halfbyte.experiments.measurements import Subject
+
+LOAD_SECONDS = 60.0
+"""How long a stability gate keeps the server under load."""
+PLACE = "serving"
+
+
+def levels(subject: Subject) -> tuple[int, ...]:
+    """The concurrencies that gates name, and the run's own; 1 where neither names one."""
+    named = {int(word) for family in ("speed", "memory") for word in subject.arguments(family)}
+    return tuple(sorted(named | ({subject.concurrency} if subject.concurrency else set()))) or (1,)
+
+
+def key(subject: Subject) -> Mapping[str, Any]:
+    """What a result depends on beside the artifact and its platforms."""
+    return {"concurrency": levels(subject), "vllm": subject.vllm}
+
+
+def bench(subject: Subject) -> Mapping[str, Any]:
+    """bench.json, on the first platform."""
+    return bench_result(_measured(subject, None))
+
+
+def stability(subject: Subject) -> Mapping[str, Any]:
+    """stability.json: long generations, and load at the largest concurrency."""
+    found = stability_result(_measured(subject, Watch(max(levels(subject)), LOAD_SECONDS)))
+    if found is None:
+        raise HalfbyteError("nothing was observed of the server")
+    return found
+
+
+def _measured(subject: Subject, watch: Watch | None) -> Measured:
+    variants = (Variant(BASELINE, subject.path), Variant(MODEL, subject.artifact))
+    request = BenchRequest(variants, subject.platforms[0], levels(subject), watch=watch)
+    return measure(request, subject.out / PLACE, find_vllm(subject.vllm), progress=subject.progress)

@@ -1,0 +1,15 @@
+"""What every unit test is spared: writing to the user's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache that is empty at first; tests that need one of their own set HALFBYTE_CACHE again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "session-cache"))
+        yield

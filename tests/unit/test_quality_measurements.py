@@ -1,0 +1,58 @@
+"""Tasks and long context in a run: each leaves its file, and its gates are judged on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import halfbyte.serving.install as install
+from tests.tiny import make_tiny
+from tests.unit.artifacts import halfbyte
+
+GENEROUS = ["--gate", "ppl=+100000%", "--gate", "top1=0%"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("producers")
+    make_tiny("llama", root / "m", max_position_embeddings=4096)
+    paragraphs = (f"Paragraph {i} says: " + f"{i * 7} words and more, " * 20 for i in range(40))
+    (root / "own.txt").write_text("\n\n".join(paragraphs))
+    rows = [{"question": f"{i} and {i} is", "choices": [str(i), str(2 * i)], "answer": 1} for i in range(12)]
+    (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "sums", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(root / "sums.jsonl")}}, "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (root / "sums.yaml").write_text(yaml.safe_dump(task))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "producers-cache"))
+    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
+    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
+
+
+def rows_of(place: Path, out: Path, *more: str) -> dict[str, Any]:
+    recipe = ["-r", "B3", "--set", "calibration={sequences: 40, max_tokens: 64}"]
+    request = ["run", place / "m", "--on", "cpu", *recipe, "--text", place / "own.txt", "-o", out, *GENEROUS, *more]
+    assert halfbyte(*request, "--no-mitigate") in (0, 3)
+    return {row["name"]: row for row in json.loads((out / "gates.json").read_text())["gates"]}
+
+
+def test_tasks_and_long_context(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = ["--context", "1024", "--tasks", str(place / "sums.yaml"), "--gate", "task:sums=-100%"]
+    rows = rows_of(place, out, *more, "--gate", "long_context=100%", "--gate", "tasks=-100%")
+    names = ["tasks", "task:sums", "long_context:retrieval", "long_context:ppl"]
+    assert [rows[name]["status"] for name in names] == ["passed"] * 4, [rows[name]["text"] for name in names]
+    tasks = json.loads((out / "tasks.json").read_text())
+    assert rows["task:sums"]["value"] == pytest.approx(tasks["tasks"][0]["difference"]["value"])
+    assert json.loads((out / "long_context.json").read_text())["lengths"] == [1024]
