@@ -49,7 +49,7 @@ WAIT_S = 30.0
 """How long what a killed run started may take to end by itself."""
 UNLIKE = {"run.json", "vllm.log", "README.md", "report.html", "report.md", "sweep-report.html"}
 """Files that hold times."""
-STAND_IN = {"pids", "batches", "argv"}
+STAND_IN = {"pids", "batches", "argv", "starts"}
 """What the stand-in for vLLM writes into the model's directory."""
 
 
@@ -196,7 +196,8 @@ def full_disks(bench: Bench, count: int, chance: random.Random) -> Row:
                 continue
             row.times += 1
             when = f"at {share:.0%}"
-            line = first.status == 1 and ("is full" in first.error or "No space left" in first.error)
+            told = [first.error, *first.stdout.splitlines()]  # a sweep tells of a cell that failed in its result
+            line = first.status == 1 and any("is full" in words or "No space left" in words for words in told)
             row.lines += line
             if not line:
                 row.wrong.append(f"{row.what} {when}: {first.status}, {first.stderr[-300:]!r}")
