@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.console import Format, emit, own_command, progress
+from halfbyte.cli.workers import Count, Devices, Ray, RayWorkers, device_list, solvers
 from halfbyte.errors import UsageError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, or smollm2-135m.")]
@@ -133,6 +134,10 @@ def quantize(
     override: Set = None,
     calibration: Calibration = None,
     device: Device = None,
+    devices: Devices = None,
+    workers: Count = None,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -143,7 +148,8 @@ def quantize(
     from halfbyte.recipe import load_recipe
 
     chosen = load_recipe(recipe, override or [])
-    with progress() as shown:
+    device = device or next(iter(device_list(devices)), None)
+    with progress() as shown, solvers(devices, workers, ray, ray_workers, device, shown) as them:
         manifest = make(
             model,
             chosen,
@@ -153,6 +159,7 @@ def quantize(
             force=force,
             command=own_command(),
             progress=shown,
+            workers=them,
         )
     emit(manifest, style, artifact_words(output, manifest))
 

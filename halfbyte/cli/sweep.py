@@ -13,6 +13,8 @@ import typer
 
 from halfbyte.cli.console import MIB, Format, emit, own_command, progress
 from halfbyte.cli.make import Calibration, Device, Force, Model, On, Output, Resume, Style, Text
+from halfbyte.cli.workers import Ray, RayResources, RayWorkers
+from halfbyte.cli.workers import ray_workers as workers_of
 
 EXIT_CODES = {"accepted": 0, "rejected": 3, "failed": 1, "incomplete": 1}
 
@@ -48,6 +50,9 @@ def sweep(
     ] = None,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     device: Device = None,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
+    ray_resources: RayResources = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -57,7 +62,7 @@ def sweep(
     from halfbyte.serving import find_vllm
 
     install = find_vllm(vllm) if bench else None
-    with progress() as shown:
+    with progress() as shown, workers_of(ray, ray_workers, ray_resources, device, shown) as them:
         run = partial(
             do,
             model,
@@ -73,6 +78,8 @@ def sweep(
             force=force,
             command=own_command(),
             progress=shown,
+            workers=them,
+            judged_on=list(them.resources) if them else [],
         )
         result = run()
         if bench and install:
@@ -102,6 +109,7 @@ def sweep_words(result: dict[str, Any], output: Path) -> str:
     rest = [row for row in result["cells"] if row["status"] != "judged"]
     lines = [_table(judged), ""] if judged else []
     lines += [f"{row['name']}: {row['status']} ({row['stage']}): {row['reason']}" for row in rest]
+    lines += [_on_each(row) for row in judged if row["judged_on"]]
     sharing, spent = result["sharing"], result["seconds"]
     lines.append(
         f"{sharing['cells']} cells, {sharing['distinct']} artifacts that differ; "
@@ -116,6 +124,13 @@ def sweep_words(result: dict[str, Any], output: Path) -> str:
             lines.append("tokens/s: not measured")
     lines += [f"report: {output / 'report.html'} (and report.md)", _last(result, output)]
     return "\n".join(lines)
+
+
+def _on_each(row: dict[str, Any]) -> str:
+    """A cell's KL on each platform that it was judged on."""
+    each = row["judged_on"].items()
+    figures = [f"{r['eval']['metrics']['kl_mean']['value']:.4f} on {name} ({r['hardware']})" for name, r in each]
+    return f"{row['name']}: KL {', '.join(figures)}"
 
 
 def _last(result: dict[str, Any], output: Path) -> str:

@@ -1,18 +1,27 @@
 """THE loop over decoder blocks: load, collect statistics, solve for every recipe, emit, hand the outputs on."""
 
 from halfbyte.engine.block import BlockResult
-from halfbyte.engine.loop import ALGORITHM_VERSION, Job, quantize_blocks, work_id
+from halfbyte.engine.loop import ALGORITHM_VERSION, quantize_blocks, work_id
+from halfbyte.engine.processes import Processes
 from halfbyte.engine.skeleton import Skeleton
+from halfbyte.engine.solving import Job
 from halfbyte.engine.tune import Block, Tuned, Tuner
+from halfbyte.engine.workers import Errand, Here, Seat, Workers, as_done
 
 __all__ = [
     "ALGORITHM_VERSION",
     "Block",
     "BlockResult",
+    "Errand",
+    "Here",
     "Job",
+    "Processes",
+    "Seat",
     "Skeleton",
     "Tuned",
     "Tuner",
+    "Workers",
+    "as_done",
     "quantize_blocks",
     "work_id",
 ]

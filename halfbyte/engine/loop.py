@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +23,19 @@ from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
 from halfbyte.engine.experts import ExpertInputs
 from halfbyte.engine.importance import EXPERTS, Importance, every_token, first_token
+from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
+from halfbyte.engine.solving import Job, Solving
+from halfbyte.engine.workers import Here, Seat, Workers
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
-from halfbyte.types import LinearGroup, Progress, Quiet, Scheme
+from halfbyte.types import Progress, Quiet
 
 ALGORITHM_VERSION = 4
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One recipe in a pass.
-
-    schemes   every quantized linear's full name and scheme
-    done      whether a block's result is already kept (resume)
-    emit      takes a block's result
-    failed    takes what solving a block raised, and the other jobs go on; None: it ends the pass
-    """
-
-    recipe: Recipe
-    schemes: dict[str, Scheme]
-    done: Callable[[int], bool]
-    emit: Callable[[int, BlockResult], None]
-    failed: Callable[[int, Exception], None] | None = None
 
 
 def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | None) -> str:
@@ -87,6 +72,24 @@ def make_batches(sequences: Sequence[torch.Tensor], budget: int) -> list[tuple[t
 
 
 @torch.no_grad()
+def solve_part(seat: Seat, part: Part) -> list[BlockResult | Exception]:
+    """An errand: what each of the part's recipes makes of it, or the error that it raised."""
+    part = part.to(seat.device)
+    results: list[BlockResult | Exception] = []
+    for recipe, schemes in part.wanted:
+        started = time.monotonic()
+        try:
+            one = solve_block(
+                recipe, part.family, part.block, schemes, part.tensors, part.stats, part.factors, part.groups
+            )
+            one.seconds = time.monotonic() - started
+            results.append(one)
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+@torch.no_grad()
 def quantize_blocks(
     checkpoint: Checkpoint,
     jobs: Sequence[Job],
@@ -94,16 +97,18 @@ def quantize_blocks(
     device: str = "cpu",
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
+    workers     who solves while the pass goes on; None: this process, on `device`
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
     """
     progress = progress or Quiet()
     _refuse(jobs, sequences)
-    run = _Pass(checkpoint, jobs, device, progress)
+    run = _Pass(checkpoint, jobs, device, progress, workers)
     if sequences is None:
         run.without_data()
     else:
@@ -123,10 +128,13 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
 
 
 class _Pass:
-    def __init__(self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress):
+    def __init__(
+        self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress, workers: Workers | None
+    ):
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
+        self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress)
         self.importance = Importance()
         self.careful = any(j.recipe.effort == "max" for j in jobs)
         self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
@@ -138,9 +146,10 @@ class _Pass:
             waiting = [j for j in self.jobs if not j.done(index)]
             if waiting:
                 tensors = self._tensors(self.skeleton.load_block(index))
-                self._solve(index, waiting, tensors, {})
+                self.solving.solve(index, waiting, tensors, {})
                 self.skeleton.drop_block(index)
             self.progress.advance(note=f"block {index + 1}/{count}")
+        self.solving.finish()
         self._head(None)
 
     def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
@@ -163,6 +172,7 @@ class _Pass:
                 kwargs = [arguments[shape][index] for shape in shapes]
                 self._one_block(index, hidden, keeps, kwargs)
             self.progress.advance(note=f"block {index + 1}/{count}")
+        self.solving.finish()
         self._head((hidden, keeps))
 
     def _one_block(
@@ -183,7 +193,7 @@ class _Pass:
                     if not propagate:
                         hidden[i] = out
             jobs, tensors = waiting or list(self.jobs), self._tensors(block)
-            results = self._solve(index, jobs, tensors, collectors.stats(), experts)
+            results = self.solving.solve(index, jobs, tensors, collectors.stats(), experts)
             if propagate:
                 self._replace(block, index, results[0])
         if propagate or not waiting:
@@ -221,66 +231,12 @@ class _Pass:
     def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.data for name, parameter in block.named_parameters()}
 
-    def _solve(
-        self,
-        index: int,
-        jobs: Sequence[Job],
-        tensors: dict[str, torch.Tensor],
-        stats: Mapping[str, Stats],
-        experts: ExpertInputs | None = None,
-    ) -> list[BlockResult]:
-        """Every job's result, part by part: what precedes the experts, then each of them with its own statistics."""
-        results = {id(job): BlockResult() for job in jobs}
-        parts = self._parts(index, jobs)
-        for groups in parts:
-            number = groups[0].expert if groups else None
-            here = dict(stats)
-            if experts and number is not None:
-                found = experts.stats(number)
-                here = {group.key: found[group.kind] for group in groups}
-            factors: dict[tuple, Any] = {}
-            for job in [job for job in jobs if id(job) in results]:
-                started = time.monotonic()
-                try:
-                    part = solve_block(job.recipe, self.family, index, job.schemes, tensors, here, factors, groups)
-                except Exception as error:
-                    if job.failed is None:
-                        raise
-                    del results[id(job)]
-                    job.failed(index, error)
-                    continue
-                part.seconds = time.monotonic() - started
-                results[id(job)].add(part)
-                if groups is parts[-1]:
-                    self._finish(index, job, results[id(job)], experts)
-        return list(results.values())
-
-    def _parts(self, index: int, jobs: Sequence[Job]) -> list[list[LinearGroup]]:
-        """The block's groups that some job quantizes: all that are not experts', then each expert's."""
-        prefix = self.family.block(index) + "."
-        parts: dict[int | None, list[LinearGroup]] = {}
-        for group in self.family.groups_of(index):
-            if any(prefix + group.names[0] in job.schemes for job in jobs):
-                parts.setdefault(group.expert, []).append(group)
-        return list(parts.values()) or [[]]
-
-    def _finish(self, index: int, job: Job, result: BlockResult, experts: ExpertInputs | None) -> None:
-        mixture = self.family.mixture(index)
-        if mixture and experts and any(f".{mixture.experts}." in name for name in result.linears):
-            name = f"{self.family.block(index)}.{mixture.experts}"
-            result.experts[name] = {"tokens": experts.tokens, "starved": experts.starved}
-            result.notices += [notice] if (notice := experts.notice(name)) else []
-        for notice in result.notices:
-            self.progress.say(notice)
-        if not job.done(index):
-            job.emit(index, result)
-
     def _replace(self, block: nn.Module, index: int, result: BlockResult) -> None:
         prefix = self.family.block(index) + "."
         new = {f"{name}.weight": dequantize(s.q) for name, s in result.linears.items()} | result.tensors
         for name, value in new.items():
             parameter = block.get_parameter(name.removeprefix(prefix))
-            parameter.data = value.to(parameter.dtype)
+            parameter.data = value.to(parameter.device, parameter.dtype)
 
     def _head_jobs(self) -> list[Job]:
         return [j for j in self.jobs if self.family.lm_head in j.schemes]

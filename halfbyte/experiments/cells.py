@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.engine.parts import parts_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.matrix import Matrix, MatrixCell
 from halfbyte.models import Checkpoint, Family
@@ -143,27 +144,6 @@ def solve_options(recipe: Recipe) -> tuple[Any, ...]:
         recipe.activations,
         recipe.propagate,
     )
-
-
-def parts_of(family: Family, recipe: Recipe, block: int = 0) -> list[tuple[str, ...]]:
-    """The keys of a block's linear groups in sets that are solved apart: those that input scales tie are together, so
-    are all experts, and all of them where the statistics come from behind the quantized blocks."""
-    groups = family.groups_of(block)
-    order = {group.key: place for place, group in enumerate(groups)}
-    if recipe.propagate:
-        return [tuple(order)]
-    modules: dict[str, set[str]] = {}
-    for group in groups:
-        modules.setdefault(group.fused, set()).add(group.key)
-    parts = list(modules.values())
-    owner = {name: group.key for group in groups for name in group.names}
-    for fold in family.folds_of(block) if recipe.scaling == "awq" else ():
-        ends = {fold.kind, owner[fold.linear]} if fold.linear else set()
-        tied = [part for part in parts if part & ends]
-        if len(tied) > 1:
-            parts = [part for part in parts if part not in tied] + [set[str]().union(*tied)]
-    ordered = (tuple(sorted(part, key=order.__getitem__)) for part in parts)
-    return sorted(ordered, key=lambda part: order[part[0]])
 
 
 def part_keys(cell: Cell, family: Family, data: str) -> dict[int, list[PartKey]]:

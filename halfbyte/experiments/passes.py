@@ -15,7 +15,8 @@ from typing import Any
 
 from halfbyte.artifact import ArtifactWriter
 from halfbyte.calibration import CalibrationSet
-from halfbyte.engine import BlockResult, Job, quantize_blocks
+from halfbyte.engine import BlockResult, Here, Job, Workers, quantize_blocks
+from halfbyte.engine.parts import together
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.cells import Cell, PartKey, block_content, part_keys, part_names
 from halfbyte.models import Checkpoint, family_of
@@ -65,9 +66,11 @@ class SharedPass:
         data: CalibrationSet,
         device: str,
         progress: Progress | None = None,
+        workers: Workers | None = None,
     ):
         self.checkpoint, self.takers, self.data, self.device = checkpoint, takers, data, device
         self.progress = progress or Quiet()
+        self.workers = workers or Here(device, self.progress)
         self.family = family_of(checkpoint.config)
         self.needed: dict[PartKey, list[Taker]] = {}
         self.kept: dict[tuple[Any, ...], ArtifactWriter] = {}
@@ -79,6 +82,11 @@ class SharedPass:
             for keys in taker.parts.values():
                 for key in keys:
                     self.needed.setdefault(key, []).append(taker)
+
+    @property
+    def statistics(self) -> float:
+        """Seconds of the pass beside solving and writing; workers apart solve meanwhile."""
+        return max(0.0, self.total - self.writing - (0.0 if self.workers.apart else self.solving))
 
     @property
     def resumed(self) -> bool:
@@ -93,7 +101,9 @@ class SharedPass:
             return
         jobs = [self._job(slot) for slot in self._slots()]
         try:
-            quantize_blocks(self.checkpoint, jobs, self.data.sequences, self.device, progress=self.progress)
+            quantize_blocks(
+                self.checkpoint, jobs, self.data.sequences, self.device, progress=self.progress, workers=self.workers
+            )
         except (HalfbyteError, ValueError, RuntimeError) as error:
             for taker in self.takers:
                 if not all(taker.has(block) for block in taker.parts):
@@ -162,7 +172,7 @@ class SharedPass:
             if content in self.kept:
                 taker.writer.adopt(block, self.kept[content])
             else:
-                whole = _together([parts[key] for key in taker.parts[block]])
+                whole = together(parts[key] for key in taker.parts[block])
                 taker.writer.emit(block, whole.linears, whole.tensors, whole.seconds, whole.notices, whole.experts)
                 self.kept[content] = taker.writer
         except Exception as error:
@@ -174,11 +184,3 @@ class SharedPass:
 
 def _add(cell: Cell, name: str, seconds: float) -> None:
     cell.seconds[name] = cell.seconds.get(name, 0.0) + seconds
-
-
-def _together(parts: Sequence[BlockResult]) -> BlockResult:
-    """Parts of one block as the block's result."""
-    whole = BlockResult()
-    for part in parts:
-        whole.add(part)
-    return whole

@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.artifact import ArtifactWriter, read_manifest, work_of
 from halfbyte.artifact.twin import link_twin
 from halfbyte.calibration import CalibrationSet
-from halfbyte.engine import work_id
+from halfbyte.engine import Errand, Seat, Workers, as_done, work_id
 from halfbyte.experiments.cells import Cell, content_key
 from halfbyte.experiments.passes import SharedPass, Taker
 from halfbyte.experiments.quantize import cast_notices, manifest_facts, tune
@@ -25,6 +25,7 @@ class Production:
 
     model, path, matrix   as manifests name them
     data                  each cell's calibration set, by its name
+    workers               who solves, trains and writes; the statistics are taken here
     After `make`: seconds of statistics, solving and writing; how much was shared; whether these are the seconds of the
     whole (`measured`), or an earlier start had done a part.
     """
@@ -40,6 +41,7 @@ class Production:
     device: str
     command: str | None
     progress: Progress
+    workers: Workers
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "solving": 0.0, "writing": 0.0})
     sharing: dict[str, int] = field(default_factory=dict)
     measured: bool = False
@@ -48,7 +50,7 @@ class Production:
         """The manifests of the artifacts by the cells' names; a cell that is not among them has its reason."""
         takers = [Taker(cell, self._writer(cell)) for cell in self._leaders()]
         self._quantize(takers)
-        manifests = {t.cell.name: made for t in takers if (made := self._finish(t)) is not None}
+        manifests = self._finish(takers)
         return manifests | self._twins(manifests)
 
     def _leaders(self) -> list[Cell]:
@@ -91,13 +93,13 @@ class Production:
         whole = True
         for group in groups.values():
             data = self.data[group[0].cell.name]
-            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress)
+            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress, self.workers)
             whole = whole and not shared.resumed
             if not shared.resumed:
                 for taker in group:
                     taker.cell.seconds = {}
             shared.run()
-            self.seconds["statistics"] += max(0.0, shared.total - shared.solving - shared.writing)
+            self.seconds["statistics"] += shared.statistics
             self.seconds["solving"] += shared.solving
             self.seconds["writing"] += shared.writing
             parts += sum(len(keys) for taker in group for keys in taker.parts.values())
@@ -106,36 +108,37 @@ class Production:
         self.sharing |= {"parts": parts, "distinct_parts": distinct, "solved": solved}
         self.measured = whole
 
-    def _finish(self, taker: Taker) -> dict[str, Any] | None:
-        """The artifact of a cell whose blocks are all there; None where it failed."""
+    def _finish(self, takers: Sequence[Taker]) -> dict[str, dict[str, Any]]:
+        """The artifacts of the cells whose blocks are all there; those that fail are left out."""
+        alive = [taker for taker in takers if not taker.cell.reason]
+        made = {t.cell.name: read_manifest(t.writer.directory) for t in alive if t.writer.finished}
+        cells = {taker.cell.name: taker.cell for taker in alive}
+        todo = [taker for taker in alive if taker.cell.name not in made]
+        if self.workers.apart and todo:
+            self.progress.start("writing the cells", len(todo))
+        for errand, done in as_done(self.workers, map(self._errand, todo)):
+            cell = cells[errand.label]
+            try:
+                made[cell.name], took = done.result()
+                cell.seconds["writing"] = cell.seconds.get("writing", 0.0) + took
+                self.seconds["writing"] += took
+            except Exception as error:
+                cell.fail("writing", error)
+            self.progress.advance(note=cell.name)
+        return {name: made[name] for name in cells if name in made}
+
+    def _errand(self, taker: Taker) -> Errand:
         cell, writer = taker.cell, taker.writer
-        if cell.reason:
-            return None
-        if writer.finished:
-            return read_manifest(writer.directory)
-        started = time.monotonic()
         assert cell.recipe is not None
-        self.progress.start(f"writing {cell.name}", 1)
         data = self.data[cell.name]
-        place = writer.directory
         facts = manifest_facts(
-            self.model, self.path, place, self.fingerprint, cell.recipe, data, self.device, self.command
+            self.model, self.path, writer.directory, self.fingerprint, cell.recipe, data, self.device, self.command
         )
         told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans, Quiet())]
         alone = self.seconds["statistics"] + sum(cell.seconds.values())
         facts |= {"notices": told, "resumed": not self.measured, "seconds": round(alone, 3)}
-        try:
-            tune(writer, data, self.device, self.progress)
-            manifest = writer.finish({**facts, "sweep": {"matrix": self.matrix, "cell": cell.name}})
-        except Exception as error:
-            cell.fail("writing", error)
-            return None
-        finally:
-            took = time.monotonic() - started
-            cell.seconds["writing"] = cell.seconds.get("writing", 0.0) + took
-            self.seconds["writing"] += took
-        self.progress.advance()
-        return manifest
+        facts |= {"sweep": {"matrix": self.matrix, "cell": cell.name}}
+        return Errand(cell.name, write_cell, (writer, data, facts))
 
     def _twins(self, manifests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The artifacts of the cells that have another's bytes; they fail with it."""
@@ -158,3 +161,19 @@ class Production:
             except Exception as error:
                 cell.fail("writing", error)
         return made
+
+
+def write_cell(
+    seat: Seat, writer: ArtifactWriter, data: CalibrationSet, facts: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """An errand: train scales and norms where the recipe asks for it, write the artifact of the blocks that are there.
+
+    Returns its manifest and the seconds that it took.
+    """
+    started = time.monotonic()
+    if writer.finished:  # by a worker that died behind its last write
+        return read_manifest(writer.directory), 0.0
+    seat.progress.start(f"writing {writer.directory.name}", 1)
+    tune(writer, data, seat.device, seat.progress)
+    manifest = writer.finish(facts)
+    return manifest, time.monotonic() - started

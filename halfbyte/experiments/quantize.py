@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
-from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, quantize_blocks, work_id
+from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES
 from halfbyte.errors import HalfbyteError, UsageError
@@ -46,6 +46,7 @@ def quantize(
     command: str | None = None,
     blocks: BlockStore | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
 
@@ -55,6 +56,7 @@ def quantize(
                   the recipe needs any
     force         give up what `output_dir` holds
     blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
+    workers       who solves while this process takes the statistics; None: this process. The bytes are the same
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
     """
@@ -81,12 +83,14 @@ def quantize(
             if writer.finished:
                 progress.say(f"{output} is finished: nothing to do")
                 return read_manifest(output)
+            if workers:
+                workers.open()
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             if blocks and data:
                 blocks.lend(writer, data.sha256)
-            job = _job(writer, recipe)
-            quantize_blocks(checkpoint, [job], data.sequences if data else None, device, progress=progress)
+            sequences = data.sequences if data else None
+            quantize_blocks(checkpoint, [_job(writer, recipe)], sequences, device, progress=progress, workers=workers)
             if blocks and data:
                 blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)

@@ -26,6 +26,8 @@ FACTS = (
     "platforms",
 )
 """Of a cell's `facts`, those that stand in its row."""
+SEVERITY = ("accepted", "incomplete", "rejected")
+"""Verdicts, the worst last: gates must hold on every platform that a cell was judged on."""
 
 
 def standings(
@@ -38,7 +40,7 @@ def standings(
 ) -> dict[str, Any]:
     """The parts of sweep.json that follow from results: "cells", "ranking", "best", "verdict".
 
-    results     evaluate_cell's, by the name of a cell or of the one it is the same as
+    results     Judge's, by the name of a cell or of the one it is the same as
     manifests   of the cells that are made
     speeds      tokens/s of the cells where it was measured
     """
@@ -49,8 +51,10 @@ def standings(
         if result is None:
             continue
         row = rows[cell.name]
-        judged = evaluate_gates(gates, result["eval"], result.get("check"))
+        each = {name: _judged(gates, one) for name, one in result.get("judged_on", {"": result}).items()}
+        judged = max((one["gates"] for one in each.values()), key=lambda g: SEVERITY.index(g["verdict"]))
         row |= {"status": "judged", "eval": result["eval"], "gates": judged, "check": result.get("check")}
+        row["judged_on"] = each if "judged_on" in result else None
         row["seconds"]["evaluating"] = 0.0 if cell.same_as else result["seconds"]
         scored.append(Scored(cell.name, result["windows"], row["bytes"], speeds.get(cell.name)))
         floor = result["eval"]["noise_floor"]
@@ -62,6 +66,13 @@ def standings(
     ranking |= {"noise_floor": None if floor is None else floor_of(floor, by), "order": [row["name"] for row in ranked]}
     rest = [row for row in rows.values() if row["order"] is None]
     return {"verdict": _verdict(rest, ranked), "best": _best(ranked), "ranking": ranking, "cells": ranked + rest}
+
+
+def _judged(gates: Sequence[Gate], result: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation on one platform says."""
+    check = result.get("check")
+    judged = {"eval": result["eval"], "gates": evaluate_gates(gates, result["eval"], check), "check": check}
+    return {**judged, "hardware": result.get("hardware")}
 
 
 def _row(cell: Cell, manifest: Mapping[str, Any] | None, speed: float | None) -> dict[str, Any]:
@@ -92,6 +103,7 @@ def _row(cell: Cell, manifest: Mapping[str, Any] | None, speed: float | None) ->
         "eval": None,
         "gates": None,
         "check": None,
+        "judged_on": None,
         "seconds": {key: round(value, 3) for key, value in cell.seconds.items()},
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import halfbyte
-from halfbyte.engine import ALGORITHM_VERSION
+from halfbyte.engine import ALGORITHM_VERSION, Here, Workers
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows
 from halfbyte.experiments.cards import write_cards
@@ -56,6 +56,8 @@ def sweep(
     force: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
+    judged_on: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make, judge and rank the cells of `matrix` in `output_dir`; returns sweep.json.
 
@@ -69,6 +71,9 @@ def sweep(
     by            "kl" or "ppl": what quality is
     only          names (or shell patterns) of the cells to take
     force         begin anew: what an earlier sweep left in `output_dir` goes
+    workers       who solves, writes and judges (halfbyte.experiments.fanout); None: this process
+    judged_on     those of `platforms` whose hardware each cell is judged on, by workers that have it; the first counts
+                  for the ranking, and gates must hold on all
 
     sweep.json: schema 1, kind "sweep", key (model, text and version), complete, halfbyte, command;
     model {name, hub_id, sha256}; matrix {name, description, cells}; request {platforms, gates, by, only, device};
@@ -79,7 +84,8 @@ def sweep(
     failure, rank, order, equal_to, difference (nats, with its interval) and why (halfbyte.experiments.ranking), pareto,
     path, work, same_as (the cell whose bytes it has), recipe, title, groups (sizes in use), exemptions, bytes,
     bytes_bf16, bits_per_weight (quantized linears), bits_per_linear_weight (all of them), platforms {name: why not},
-    portable, notices, tokens_per_second (null: not measured), eval (eval.json), gates (gates.json), check, seconds
+    portable, notices, tokens_per_second (null: not measured), eval (eval.json), gates (gates.json), check,
+    judged_on {platform: eval, gates, check, hardware} (null: not judged by platform), seconds
     {solving, shared (solving that it was spared), writing, evaluating};
     sharing {cells, distinct, parts, distinct_parts, solved}: artifacts, and parts of blocks
     (halfbyte.experiments.cells), asked for and different, and how many parts this start solved;
@@ -94,6 +100,9 @@ def sweep(
     output = Path(output_dir)
     chosen = load_matrix(matrix).only(list(only))
     request = {"platforms": list(platforms), "gates": list(gates), "by": by, "only": list(only)}
+    request["judged_on"] = [name for name in platforms if name in judged_on]
+    if set(judged_on) - set(platforms):
+        raise UsageError(f"--ray-resources: {min(set(judged_on) - set(platforms))} is not among the --on platforms")
     resolve_gates(gates)
     path = resolve_model(model, progress)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
@@ -101,7 +110,7 @@ def sweep(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with locked(output):
         _refuse_foreign(output, force)
-        run = _Sweep(model, path, chosen, output, {**request, "device": device}, force, command, progress)
+        run = _Sweep(model, path, chosen, output, {**request, "device": device}, force, command, progress, workers)
         return run.go(SweepText(path, output / "calibration", text, calibration, device, progress))
 
 
@@ -122,9 +131,11 @@ class _Sweep:
         force: bool,
         command: str | None,
         progress: Progress,
+        workers: Workers | None,
     ):
         self.model, self.path, self.matrix, self.out, self.request = model, path, matrix, output, request
         self.force, self.command, self.progress, self.device = force, command, progress, request["device"]
+        self.workers = workers or Here(self.device, progress)
         self.gates = resolve_gates(request["gates"])
         self.platforms = [load_platform(name) for name in request["platforms"]]
         self.checkpoint = Checkpoint(path)
@@ -142,6 +153,7 @@ class _Sweep:
             for name in OWN:
                 shutil.rmtree(self.out / name, ignore_errors=True)
         self._tell()
+        self.workers.open()
         self.data = text.sets(self._alive())
         self._alive()
         windows = text.windows()
@@ -200,17 +212,21 @@ class _Sweep:
             self.device,
             self.command,
             self.progress,
+            self.workers,
         )
         manifests = made.make()
         self.seconds |= made.seconds
         self.sharing = made.sharing
-        if made.measured:
+        if made.measured and not self.workers.apart:
             self.cost = cost(self.cells, made.seconds["statistics"])
         return manifests
 
     def _judge(self, manifests: Mapping[str, dict[str, Any]], windows: Windows) -> dict[str, dict[str, Any]]:
         """The evaluations of the cells that are made, by cell; a cell that is the same as another has none."""
-        judge = Judge(self.out, self.model, self.path, self.fingerprint, windows, self.device, self.progress)
+        where = self.request["judged_on"]
+        judge = Judge(
+            self.out, self.model, self.path, self.fingerprint, windows, self.device, self.progress, self.workers, where
+        )
         check = any(gate.name == "check" for gate in self.gates)
         results = judge.all([c for c in self.cells if c.name in manifests and not c.same_as], manifests, check)
         self.seconds |= judge.seconds
