@@ -165,7 +165,8 @@ class _Sweep:
         self._write_state(manifests, {}, complete=False)
         results = self._judge(manifests, windows)
         result = self._write_state(manifests, results, complete=True)
-        write_cards(self.out, result["cells"], self.cells, manifests, self.platforms)
+        benches = self._benches(manifests)
+        write_cards(self.out, result["cells"], self.cells, manifests, self.platforms, benches)
         build_sweep_report(self.out)
         return result
 

@@ -383,6 +383,8 @@ def test_a_stated_gate_on_speed_reads_what_was_benchmarked(
         (out / "results" / f"{name}.bench.json").write_text(json.dumps(told))
     rows = by_name(go(out, "strategy", gates=[*GENEROUS, "speed@2=+20%"]))
     assert [rows[name]["gates"]["verdict"] for name in ("A1", "A3", "B1")] == ["accepted", "rejected", "incomplete"]
+    card = (out / "cells" / "A1" / "README.md").read_text()
+    assert "| 2 | – | – | 1.50" in card and "Not measured: tasks." in card
     rows = by_name(go(out, "strategy", gates=GENEROUS))
     assert rows["A3"]["gates"]["verdict"] == "accepted", "a default gate on speed is not asked for by a sweep"
 
