@@ -1,4 +1,4 @@
-"""A sweep's results as one page, in HTML and in Markdown, from sweep.json alone."""
+"""A sweep's results as one page, in HTML and in Markdown, from sweep.json and the benchmarks beside it."""
 
 from __future__ import annotations
 
