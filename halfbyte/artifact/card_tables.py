@@ -85,12 +85,7 @@ def speed(result: Mapping[str, Any] | None) -> list[str]:
     for point in _rows(result, "points")[:MOST_POINTS]:
         concurrency = finite(point.get("concurrency"))
         sides = [point.get(side) or {} for side in ("baseline", "model")]
-        figures = [
-            _value(side.get("output_tokens_per_second"), "plain")
-            if side.get("status") == "ok"
-            else md(side.get("status"))
-            for side in sides
-        ]
+        figures = [_throughput(side) for side in sides]
         gain = point.get("speedup")
         rows.append(
             f"| {'–' if concurrency is None else f'{concurrency:,.0f}'} | {figures[0]} | {figures[1]} | "

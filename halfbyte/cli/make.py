@@ -79,7 +79,7 @@ def plan(
     style: Style = Format.human,
 ) -> None:
     """What to make, for which platform, and what it gives: recipe, memory, speed, serve commands. Reads no weight."""
-    from halfbyte.experiments.gates import resolve_gates
+    from halfbyte.experiments.gates import ALWAYS, resolve_gates
     from halfbyte.models import cache_dir, resolve_model
     from halfbyte.plan import make_plan, open_for_plan, render_plan, spell, variant_of
     from halfbyte.platforms import facts_for, load_platform
@@ -87,7 +87,7 @@ def plan(
     from halfbyte.serving import serve_command
 
     chosen, levels = _recipe(recipe, override), _levels(concurrency)
-    budgets = {g.name: g.limit for g in resolve_gates(gate or [])}
+    budgets = {g.name: g.limit for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS}
     platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
     if vllm_version:
         facts_for(vllm_version)

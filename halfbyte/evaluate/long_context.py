@@ -46,6 +46,7 @@ def evaluate_long_context(
     lengths: Sequence[int] | None = None,
     *,
     text: Sequence[Path | str] = (),
+    portion: tuple[float, float] = (0.0, 1.0),
     tasks: Sequence[str] = tuple(STORIES),
     depths: Sequence[float] = DEPTHS,
     samples: int = SAMPLES,
@@ -56,7 +57,7 @@ def evaluate_long_context(
     """Retrieval at each length and perplexity by position in the longest; the content of long_context.json.
 
     lengths   tokens, answer included; None: 4096 and its doubles up to what the model allows (131,072 at most)
-    text      files of real text for the perplexity; without one, none is measured
+    text      files of real text for the perplexity; without one, none is measured. portion: the part of it that counts
     samples   prompts for each task, length and depth; windows: pieces of the text, as long as the longest length
     Raises UsageError for impossible lengths, HalfbyteError when a model gives NaN or does not fit.
     """
@@ -70,7 +71,7 @@ def evaluate_long_context(
             for depth in depths if task in DEEP else (None,):
                 items += [make_item(pair.tokenizer, words, task, length, depth, seed + i) for i in range(samples)]
         progress.advance()
-    pieces = _windows(text, pair.tokenizer, lengths, windows, progress) if text else None
+    pieces = _windows(text, portion, pair.tokenizer, lengths, windows, progress) if text else None
     conditions, missing = _conditions(pair)
     runs = [_run(pair, c, items, words.tokens, pieces, lengths[-1], progress) for c in PLAIN]
     for condition in conditions:
@@ -114,11 +115,18 @@ def _lengths(asked: Sequence[int] | None, limit: int | None) -> list[int]:
     return doubled or [most]
 
 
-def _windows(text: Sequence[Path | str], tokenizer: Any, lengths: list[int], count: int, progress: Progress) -> Windows:
+def _windows(
+    text: Sequence[Path | str],
+    portion: tuple[float, float],
+    tokenizer: Any,
+    lengths: list[int],
+    count: int,
+    progress: Progress,
+) -> Windows:
     """Pieces of the text of the longest length that it gives; told where that is not the longest of all."""
     for length in reversed(lengths):
         try:
-            found = text_windows(list(text), tokenizer, window=length - 1).first(count)
+            found = text_windows(list(text), tokenizer, window=length - 1, portion=portion).first(count)
         except HalfbyteError:
             if length == lengths[0]:
                 raise

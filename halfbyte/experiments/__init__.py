@@ -1,4 +1,4 @@
-"""Recipes compared and judged: gates now, the matrix and its ranking on top."""
+"""Recipes carried out, compared, judged by gates and mended; what commands do beyond one room."""
 
 from halfbyte.experiments.gates import (
     DEFAULT_GATES,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.speed import BASELINE, BenchRequest, Measured, Variant, command_for, measure
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Measured, Variant, command_for, measure
 from halfbyte.evaluate.speed_result import summary
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import make_directory, write_json
@@ -46,28 +46,33 @@ def bench_cells(
             cells.append(variant)
         except UsageError as error:
             refused[row["name"]] = str(error)
+    if not cells and not refused:
+        return {}
     request = BenchRequest((first, *cells), known, (concurrency,), **load)
     found = measure(request, sweep, install, progress=progress)
     results = {cell.name: bench_cell(found, cell.name) for cell in cells}
     results |= {name: {**_blank(found, name), "status": "failed", "reason": why} for name, why in refused.items()}
     results |= {row["name"]: results[row["same_as"]] for row in rows if row["same_as"] in results}
+    works = {row["name"]: row.get("work") for row in rows}
     for name, result in results.items():
-        write_json(make_directory(sweep / "results") / f"{name}.bench.json", result)
+        write_json(make_directory(sweep / "results") / f"{name}.bench.json", {**result, "work": works[name]})
     return results
 
 
 def bench_cell(found: Measured, name: str) -> dict[str, Any]:
     """One cell's file: status, reason, tokens_per_second (its median; null where not measured), interval, gain over
-    BF16 {value, low, high} or null, and the latencies."""
+    BF16 {value, low, high} or null, the latencies, and `points` as in bench.json: the same beside BF16."""
     (level,) = found.request.concurrency
     runs, base = found.runs(name, f"c{level}"), found.runs(BASELINE, f"c{level}")
     mine, other = (summary(side, found.request.repeats) for side in (runs, base))
     both = mine["status"] == other["status"] == OK
+    gain = ratio_interval([run[RATE] for run in runs], [run[RATE] for run in base]) if both else None
     return {
         **_blank(found, name),
         **mine,
         "tokens_per_second": mine[RATE] and mine[RATE]["value"],
-        "speedup": ratio_interval([run[RATE] for run in runs], [run[RATE] for run in base]) if both else None,
+        "speedup": gain,
+        "points": [{"concurrency": level, BASELINE: other, MODEL: mine, "speedup": gain}],
     }
 
 

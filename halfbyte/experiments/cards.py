@@ -28,8 +28,10 @@ def write_cards(
     cells: Sequence[Cell],
     manifests: Mapping[str, Mapping[str, Any]],
     platforms: Sequence[Platform],
+    benches: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """README.md in each judged cell's directory (`rows`: those of sweep.json); commands for where it can be served."""
+    """README.md in each judged cell's directory (`rows`: those of sweep.json); commands for where it can be served.
+    `benches`: what was benchmarked, by cell."""
     recipes = {cell.name: cell.recipe for cell in cells}
     for row in rows:
         recipe = recipes[row["name"]]
@@ -37,7 +39,10 @@ def write_cards(
             continue
         directory = place / row["path"]
         lines = {p.name: _command(directory, recipe, p) for p in platforms if not row["platforms"][p.name]}
-        write_text(directory / "README.md", model_card(manifests[row["name"]], row["eval"], None, row["gates"], lines))
+        bench = benches.get(row["name"]) or {}
+        speed = bench if bench.get("points") else None
+        card = model_card(manifests[row["name"]], row["eval"], None, row["gates"], lines, bench=speed)
+        write_text(directory / "README.md", card)
 
 
 def card_results(place: Path | None) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def judge_cell(seat: Seat, task: CellTask, platform: str) -> dict[str, Any]:
 
 
 def run_baseline(seat: Seat, path: Path, reference: Path, windows: Windows, label: str) -> None:
-    """An errand: the BF16 model's logits on `windows`, for every cell to be compared with."""
+    """An errand: the BF16 model's side on `windows`, for every cell to be compared with."""
     make_reference(reference, lambda: load_model(path, seat.device), windows, label, progress=seat.progress)
 
 

@@ -29,6 +29,7 @@ class Subject:
     artifact, out      the artifact's directory (results call it `model`), and the run's
     platforms          where it is to be served, with the KV cache that the run decided for
     gates              all of them: their arguments say which concurrencies (speed@C, memory@C) and tasks are wanted
+    text, held_out     the user's files, and the part of them that was not calibrated on, as shares from and to
     options            what the user said to --tasks, --long-context, --bench, by the measurement's name
     """
 
@@ -47,6 +48,7 @@ class Subject:
     device: str
     progress: Progress
     options: Mapping[str, str] = field(default_factory=dict)
+    held_out: tuple[float, float] = (0.0, 1.0)
 
     def arguments(self, family: str) -> list[str]:
         """What stands behind : or @ in the names of the gates of that family."""

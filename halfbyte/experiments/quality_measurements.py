@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.artifact import load_fake_quantized
@@ -10,6 +11,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.long_context import LONGEST, SHORTEST, evaluate_long_context
 from halfbyte.evaluate.pair import Pair, Serving
 from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks
+from halfbyte.evaluate.windows import text_windows
 from halfbyte.experiments.mitigation import KV_FLAG
 from halfbyte.experiments.quantize import load_model, load_tokenizer
 from halfbyte.files import portable
@@ -55,17 +57,37 @@ def long_context(subject: Subject) -> Mapping[str, Any]:
     """long_context.json: of vLLM where an FP8 KV cache is served (nothing else has one), else of the models in
     memory."""
     served = [p.name for p in subject.platforms if str(p.flags.get(KV_FLAG, "")).startswith(FP8)]
-    pair = _pair(subject)
-    if served and _has_vllm(subject):
-        serving = Serving(subject.out, served[0], subject.vllm)
-        pair = Pair(subject.path, subject.artifact, pair.tokenizer, pair.names, serving)
-    return evaluate_long_context(pair, lengths(subject), text=subject.text, progress=subject.progress)
+    place = Serving(subject.out, served[0], subject.vllm) if served and _has_vllm(subject) else None
+    pair = _pair(subject, place)
+    return evaluate_long_context(
+        pair,
+        lengths(subject),
+        text=_long_text(subject, pair),
+        portion=subject.held_out,
+        progress=subject.progress,
+    )
 
 
-def _pair(subject: Subject) -> Pair:
-    names = portable(subject.model), "model"
+def _long_text(subject: Subject, pair: Pair) -> Sequence[Path]:
+    """The user's text, where its held-out part gives a piece of the least length; else none: retrieval alone."""
+    least = (lengths(subject) or [min(SHORTEST, pair.context() or SHORTEST)])[0]
+    if not subject.text:
+        return ()
+    try:
+        text_windows(list(subject.text), pair.tokenizer, window=least - 1, portion=subject.held_out)
+    except HalfbyteError as error:
+        subject.progress.say(f"no perplexity on long context: {error}")
+        return ()
+    return subject.text
+
+
+def _pair(subject: Subject, serving: Serving | None = None) -> Pair:
+    """The two models in memory, or to be served: then vLLM has the memory to itself."""
+    names, tokenizer = (portable(subject.model), "model"), load_tokenizer(subject.path)
+    if serving:
+        return Pair(subject.path, subject.artifact, tokenizer, names, serving)
     quantized = load_fake_quantized(subject.artifact, device=subject.device)
-    return Pair(load_model(subject.path, subject.device), quantized, load_tokenizer(subject.path), names)
+    return Pair(load_model(subject.path, subject.device), quantized, tokenizer, names)
 
 
 def _has_vllm(subject: Subject) -> bool:

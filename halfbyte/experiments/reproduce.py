@@ -78,11 +78,7 @@ def reproduce(
         "schema": 1,
         "kind": "reproduction",
         "artifact": portable(place),
-        "result": "identical"
-        if same
-        else "different"
-        if not (weights and weights["equal"])
-        else "equal within tolerance",
+        "result": _verdict(same, weights),
         "differences": differences,
         "threads": told.get("threads"),
         "device": device,

@@ -7,6 +7,7 @@ from typing import Any
 
 from halfbyte.evaluate import bootstrap
 from halfbyte.experiments.cells import Cell
+from halfbyte.experiments.gate_readers import Results
 from halfbyte.experiments.gates import Gate, evaluate_gates
 from halfbyte.experiments.ranking import Scored, floor_of, rank
 
@@ -34,7 +35,7 @@ def standings(
     cells: Sequence[Cell],
     results: Mapping[str, Mapping[str, Any]],
     manifests: Mapping[str, Mapping[str, Any]],
-    speeds: Mapping[str, float],
+    benches: Mapping[str, Mapping[str, Any]],
     gates: Sequence[Gate],
     by: str,
 ) -> dict[str, Any]:
@@ -42,8 +43,11 @@ def standings(
 
     results     Judge's, by the name of a cell or of the one it is the same as
     manifests   of the cells that are made
-    speeds      tokens/s of the cells where it was measured
+    benches     results/NAME.bench.json of the cells that were benchmarked: tokens_per_second counts in the ranking, and
+                points for gates on speed that are stated
     """
+    speeds = {name: float(v["tokens_per_second"]) for name, v in benches.items() if v.get("tokens_per_second")}
+    wanted = any(gate.stated and gate.family == "speed" for gate in gates)
     rows = {cell.name: _row(cell, manifests.get(cell.name), speeds.get(cell.name)) for cell in cells}
     scored, floor = [], None
     for cell in cells:
@@ -51,7 +55,8 @@ def standings(
         if result is None:
             continue
         row = rows[cell.name]
-        each = {name: _judged(gates, one) for name, one in result.get("judged_on", {"": result}).items()}
+        known = {"bench.json": benches.get(cell.name)} if wanted else {}
+        each = {name: _judged(gates, one, known) for name, one in result.get("judged_on", {"": result}).items()}
         judged = max((one["gates"] for one in each.values()), key=lambda g: SEVERITY.index(g["verdict"]))
         row |= {"status": "judged", "eval": result["eval"], "gates": judged, "check": result.get("check")}
         row["judged_on"] = each if "judged_on" in result else None
@@ -68,10 +73,14 @@ def standings(
     return {"verdict": _verdict(rest, ranked), "best": _best(ranked), "ranking": ranking, "cells": ranked + rest}
 
 
-def _judged(gates: Sequence[Gate], result: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation on one platform says."""
+def _judged(gates: Sequence[Gate], result: Mapping[str, Any], known: Results) -> dict[str, Any]:
+    """What an evaluation on one platform says, and `known`: the cell's other results."""
     check = result.get("check")
-    judged = {"eval": result["eval"], "gates": evaluate_gates(gates, result["eval"], check), "check": check}
+    judged = {
+        "eval": result["eval"],
+        "gates": evaluate_gates(gates, result["eval"], check, results=known),
+        "check": check,
+    }
     return {**judged, "hardware": result.get("hardware")}
 
 

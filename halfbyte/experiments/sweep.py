@@ -67,7 +67,8 @@ def sweep(
     text          files to calibrate on (80 %) and to judge on (the rest), or windows to judge on; none: the model
                   writes both
     calibration   as for `quantize`; all of `text` is then held out
-    gates         as for `run`: "ppl=+5%", "top1=90%", "kl=0.1", "check"
+    gates         as for `run`: "ppl=+5%", "top1=90%", "kl=0.1", "check"; and "speed@C=+20%", judged on
+                  results/NAME.bench.json
     by            "kl" or "ppl": what quality is
     only          names (or shell patterns) of the cells to take
     force         begin anew: what an earlier sweep left in `output_dir` goes
@@ -164,7 +165,8 @@ class _Sweep:
         self._write_state(manifests, {}, complete=False)
         results = self._judge(manifests, windows)
         result = self._write_state(manifests, results, complete=True)
-        write_cards(self.out, result["cells"], self.cells, manifests, self.platforms)
+        benches = self._benches(manifests)
+        write_cards(self.out, result["cells"], self.cells, manifests, self.platforms, benches)
         build_sweep_report(self.out)
         return result
 
@@ -232,10 +234,11 @@ class _Sweep:
         self.seconds |= judge.seconds
         return results
 
-    def _speeds(self) -> dict[str, float]:
-        """tokens/s of the cells that were benchmarked: `tokens_per_second` of results/NAME.bench.json."""
+    def _benches(self, manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """results/NAME.bench.json of cells that were benchmarked; one that tells of another artifact is left out."""
         found = {cell.name: kept(self.out / "results" / f"{cell.name}.bench.json") for cell in self.cells}
-        return {name: float(v["tokens_per_second"]) for name, v in found.items() if v and v.get("tokens_per_second")}
+        works = {name: manifest["work"] for name, manifest in manifests.items()}
+        return {name: v for name, v in found.items() if v and v.get("work") in (None, works.get(name))}
 
     def _write_state(
         self,
@@ -245,7 +248,7 @@ class _Sweep:
         complete: bool,
     ) -> dict[str, Any]:
         """sweep.json, whole at any time; returns it."""
-        stood = standings(self.cells, results, manifests, self._speeds(), self.gates, self.request["by"])
+        stood = standings(self.cells, results, manifests, self._benches(manifests), self.gates, self.request["by"])
         self.seconds["total"] = time.monotonic() - self.began
         earlier = self.before.get("seconds", {})
         names = [cell.name for cell in self.matrix.cells]

@@ -174,6 +174,7 @@ class Workshop:
             device=self.device,
             progress=self.progress,
             options=request.measure,
+            held_out=(CALIBRATION_SHARE, 1.0),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError, UsageError
 
-HINTS = {401: "is the token valid?", 403: "may the token write there?", 0: "the same command tries again"}
+HINTS = {401: "is the token valid?", 403: "may the token write there?"}
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -69,7 +69,7 @@ def _one_line(repo: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        hint = {401: "is the token valid?", 403: "may the token write there?"}.get(int(status or 0), "try again later")
+        hint = HINTS.get(int(status or 0), "try again later")
         raise HalfbyteError(
             f"the Hub refused {repo} ({status}: {_first(error.server_message or error)}): {hint}"
         ) from None

@@ -33,7 +33,7 @@ COMMANDS = {
     "long_context": "halfbyte eval {artifact} --long-context -o {results}",
     "bench": "halfbyte bench {artifact} --on {platform} -o {results}",
     "stability": "halfbyte bench {artifact} --on {platform} --stability 60 -o {results}",
-    "served": "halfbyte check {artifact} --serve -o {results}",
+    "served": "halfbyte check {artifact} --serve --on {platform} -o {results}",
     "check": "halfbyte check {artifact} -o {results}",
     "plan": "halfbyte plan {baseline} --on {platform} --format json > plan.json",
     "manifest": "halfbyte quantize {baseline} -r RECIPE -o DIR",

@@ -1,4 +1,4 @@
-"""A sweep's results as one page, in HTML and in Markdown, from sweep.json alone."""
+"""A sweep's results as one page, in HTML and in Markdown, from sweep.json and the benchmarks beside it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build_sweep_report(directory: Path) -> tuple[Path, Path]:
 
 def with_benches(result: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The sweep with results/NAME.bench*.json and results/NAME/bench*.json of each cell as its `bench`, unless it has
-    one."""
+    one. A result that tells of another work is left out."""
     cells = []
     for cell in map(mapping, listing(result.get("cells"))):
         name = str(cell.get("name"))
@@ -75,7 +75,8 @@ def with_benches(result: dict[str, Any], directory: Path) -> dict[str, Any]:
         files = [
             path for way in (f"{name}.bench*.json", f"{name}/bench*.json") for path in (directory / "results").glob(way)
         ]
-        found = [bench for bench in map(read_result, sorted(files)) if bench]
+        read = [bench for bench in map(read_result, sorted(files)) if bench]
+        found = [bench for bench in read if bench.get("work") in (None, cell.get("work"))]
         cells.append({**cell, "bench": found} if found else cell)
     return {**result, "cells": cells}
 

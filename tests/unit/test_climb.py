@@ -324,5 +324,7 @@ def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any,
     assert [rows[name]["status"] for name in ("speed@1", "speed@2", "memory@2")] == ["passed"] * 3
     assert rows["memory@2"]["measured_in"] == "plan.json, bench.json"
     assert rows["stability"]["measured_in"] == "stability.json" and rows["stability"]["status"] != "not measured"
+    benched = (done / "model" / "benched").read_text().splitlines()
+    assert len(benched) == 2 * 3, "stability takes the runs of the bench: two levels, three repeats, once each"
     bench = read(done / "bench.json")
     assert [point["concurrency"] for point in bench["points"]] == [1, 2] and str(tmp_path) not in json.dumps(bench)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import halfbyte.serving.install as install
+from halfbyte.evaluate import text_windows
+from halfbyte.experiments import quality_measurements as quality
+from halfbyte.experiments.quantize import load_tokenizer
+from halfbyte.experiments.workshop import CALIBRATION_SHARE
 from tests.tiny import make_tiny
 from tests.unit.artifacts import halfbyte
 
@@ -55,4 +60,23 @@ def test_tasks_and_long_context(place: Path, tmp_path: Path) -> None:
     assert [rows[name]["status"] for name in names] == ["passed"] * 4, [rows[name]["text"] for name in names]
     tasks = json.loads((out / "tasks.json").read_text())
     assert rows["task:sums"]["value"] == pytest.approx(tasks["tasks"][0]["difference"]["value"])
-    assert json.loads((out / "long_context.json").read_text())["lengths"] == [1024]
+    long = json.loads((out / "long_context.json").read_text())
+    assert long["lengths"] == [1024]
+    tokenizer, held = load_tokenizer(place / "m"), (CALIBRATION_SHARE, 1.0)
+    unseen = text_windows([place / "own.txt"], tokenizer, window=1023, portion=held).first(4)
+    assert long["text"]["sha256"] == unseen.sha256, "perplexity on text that was not calibrated on"
+
+
+@pytest.mark.parametrize(("held", "kept"), [((0.8, 1.0), True), ((0.99, 1.0), False)])
+def test_text_that_is_short_leaves_retrieval(
+    place: Path, held: tuple[float, float], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    pair = SimpleNamespace(tokenizer=load_tokenizer(place / "m"))
+    monkeypatch.setattr(quality, "_pair", lambda *_: pair)
+    monkeypatch.setattr(quality, "evaluate_long_context", lambda *_, **more: asked.update(more))
+    told = SimpleNamespace(notices=[], say=lambda words: told.notices.append(words))
+    text = (place / "own.txt",)
+    quality.long_context(SimpleNamespace(platforms=(), context=1024, text=text, held_out=held, progress=told))  # type: ignore[arg-type]
+    assert asked["portion"] == held and asked["text"] == (text if kept else ())
+    assert kept != any(words.startswith("no perplexity on long context: ") for words in told.notices)

@@ -134,7 +134,8 @@ def test_an_artifact_alone_names_itself(tmp_path: Path) -> None:
     (artifact / "halfbyte.json").write_text(json.dumps(files.manifest()))
     commands = [one.command for one in run_page(read_sources(artifact)).missing]
     assert (
-        "halfbyte eval mine -o mine-results" in commands and "halfbyte check mine --serve -o mine-results" in commands
+        "halfbyte eval mine -o mine-results" in commands
+        and "halfbyte check mine --serve --on PLATFORM -o mine-results" in commands
     )
 
 

@@ -366,8 +366,27 @@ def test_ranked_by_perplexity_and_speed(done: tuple[Path, dict[str, Any]], go: A
     assert result["ranking"]["by"] == "ppl" and ratios == sorted(ratios)
     rows = by_name(result)
     assert rows["A2"]["tokens_per_second"] == 90.0 and rows["A2"]["order"] < rows["A1"]["order"]
+    (out / "results" / "A1.bench.json").write_text(json.dumps({"tokens_per_second": 99.0, "work": "of another"}))
+    assert by_name(go(out, "strategy"))["A1"]["tokens_per_second"] is None, "it tells of bytes that are no more"
     with pytest.raises(UsageError, match="ranking by 'speed' is not known"):
         go(out, "strategy", by="speed")
+
+
+def test_a_stated_gate_on_speed_reads_what_was_benchmarked(
+    done: tuple[Path, dict[str, Any]], go: Any, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(done[0], tmp_path / "out"))
+    for name, gain in (("A1", 1.5), ("A3", 1.1)):
+        sides = {"baseline": {"status": "ok"}, "model": {"status": "ok"}}
+        point = {"concurrency": 2, **sides, "speedup": {"value": gain, "low": gain - 0.1, "high": gain + 0.1}}
+        told = {"tokens_per_second": 10.0, "platform": "cpu", "points": [point]}
+        (out / "results" / f"{name}.bench.json").write_text(json.dumps(told))
+    rows = by_name(go(out, "strategy", gates=[*GENEROUS, "speed@2=+20%"]))
+    assert [rows[name]["gates"]["verdict"] for name in ("A1", "A3", "B1")] == ["accepted", "rejected", "incomplete"]
+    card = (out / "cells" / "A1" / "README.md").read_text()
+    assert "| 2 | – | – | 1.50" in card and "Not measured: tasks." in card
+    rows = by_name(go(out, "strategy", gates=GENEROUS))
+    assert rows["A3"]["gates"]["verdict"] == "accepted", "a default gate on speed is not asked for by a sweep"
 
 
 def test_the_check_is_a_gate(go: Any, tmp_path: Path) -> None:

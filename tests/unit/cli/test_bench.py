@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from halfbyte.cli.bench import beside
+from halfbyte.report.front import cell_rates
+from halfbyte.report.sweep import with_benches
 from tests.unit.artifacts import edit_json, halfbyte
 from tests.unit.fake_vllm import make_fake
 
@@ -100,6 +102,11 @@ def test_a_sweep_measures_its_cells(
     told = {name: json.loads((out / "results" / f"{name}.bench.json").read_text()) for name in ("int4", "again", "fp4")}
     assert told["int4"] == told["again"] and told["int4"]["tokens_per_second"] == pytest.approx(340, rel=0.01)
     assert told["int4"]["speedup"]["value"] == pytest.approx(1.7)
+    shown = with_benches({"cells": [{"name": "int4", "tokens_per_second": 340.0}]}, out)["cells"][0]
+    rates = {side: cell_rates(shown, side) for side in ("model", "baseline")}
+    assert list(rates["model"]) == list(rates["baseline"]) == [("cpu", 2)], (
+        "the report names the platform, and has BF16"
+    )
     assert told["fp4"]["tokens_per_second"] is None
     assert told["fp4"]["status"] == "failed" and "no CPU kernel for NVFP4" in told["fp4"]["reason"]
 

@@ -14,7 +14,8 @@ def test_levels_budgets_and_ranks(model: Path, as_json: Any) -> None:
     result = as_json("plan", model, "--on", "h100", "--concurrency", "64,1", "--gate", "ppl=+1%", "--tp", "2")
     asked = result["request"]
     assert (asked["levels"], asked["concurrency"], asked["tp"]) == ([1, 64], 64, 2)
-    assert asked["gates"]["ppl"] == 0.01 and result["recipe"]["boundary"]["keep"] == "projections"
+    assert asked["gates"] == {"ppl": 0.01, "top1": 0.9}, "run measures no others unless they are stated"
+    assert result["recipe"]["boundary"]["keep"] == "projections"
     line = " ".join(result["commands"]["h100"].replace("\\\n", " ").split())
     assert "--tensor-parallel-size 2" in line and "--max-num-seqs 64" in line and f"runs/{model.name}/model" in line
 
