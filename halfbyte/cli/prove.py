@@ -9,7 +9,7 @@ import typer
 
 from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Style, Text
+from halfbyte.cli.make import Device, Style, Text
 
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory.")]
 SERVED_SEED = 7
@@ -91,7 +91,7 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    device: Device = None,
     task: asked.Task = None,
     data: asked.Data = None,
     limit: asked.Limit = None,
@@ -116,6 +116,9 @@ def evaluate(
 
     Where --task, --qa, --chat or --long-context is given: these instead.
     """
+    from halfbyte.experiments.quantize import device_of
+
+    device = device_of(device)
     beyond = asked.Asked.of(locals())
     if beyond.wanted():
         return asked.evaluate_asked(directory, baseline, beyond, output, style)

@@ -47,10 +47,11 @@ def ray_workers(
             raise UsageError("--ray-workers and --ray-resources belong to --ray local or --ray ADDRESS")
         return nullcontext()
     from halfbyte.experiments.fanout import LOCAL, RayWorkers
+    from halfbyte.experiments.quantize import device_of
 
     if count and address != LOCAL:
         raise UsageError("--ray-workers belongs to --ray local: a cluster that is there has as many as it has room for")
-    return RayWorkers(address, count, device or _device(), platforms, progress)
+    return RayWorkers(address, count, device_of(device), platforms, progress)
 
 
 def solvers(
@@ -66,8 +67,9 @@ def solvers(
         raise UsageError("--devices, --workers and --ray are three ways to the same: give one")
     if devices or count:
         from halfbyte.engine import Processes
+        from halfbyte.experiments.quantize import device_of
 
-        return Processes(device_list(devices) or [device or _device()] * (count or 1), progress)
+        return Processes(device_list(devices) or [device_of(device)] * (count or 1), progress)
     return ray_workers(ray, of_ray, None, device, progress)
 
 
@@ -77,12 +79,6 @@ def device_list(devices: str | None) -> list[str]:
     if not all(names):
         raise UsageError(f"--devices {devices}: write them as cuda:0,cuda:1")
     return names
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

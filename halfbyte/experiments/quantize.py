@@ -67,7 +67,7 @@ def quantize(
     plans = assign(recipe, checkpoint)
     if not quantized(plans):
         raise UsageError("the recipe leaves every linear in BF16: nothing to quantize")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     output = Path(output_dir)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
@@ -110,6 +110,11 @@ def quantize(
             keep_tokens(data)
         progress.advance()
         return manifest
+
+
+def device_of(asked: str | None) -> str:
+    """Where to compute: what was asked for, else the GPU where there is one."""
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progress: Progress) -> None:

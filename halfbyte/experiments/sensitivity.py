@@ -29,7 +29,7 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, bootstrap, noise_floor, set_windows
 from halfbyte.experiments.exemptions import check_budget, choose_exemptions, group_rows, write_recipe
 from halfbyte.experiments.lone import LoneMeter
-from halfbyte.experiments.quantize import calibration_for, load_tokenizer, self_generated
+from halfbyte.experiments.quantize import calibration_for, device_of, load_tokenizer, self_generated
 from halfbyte.experiments.run import HELD_OUT, TEXT_WINDOW, windows_of
 from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models import Checkpoint, cache_dir, family_of, resolve_model
@@ -91,7 +91,7 @@ def sensitivity(
         raise UsageError("the recipe leaves every linear in BF16: nothing to measure")
     if budget is not None:
         check_budget(budget, groups)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     windows = text if isinstance(text, Windows) else _windows(path, text, tokens, device, progress)
     data = calibration_for(recipe, path, calibration, device, progress)
     work = work_id(recipe, checkpoint.fingerprint(), data.sha256 if data else None)

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import halfbyte
 from halfbyte.engine import ALGORITHM_VERSION, Here, Workers
 from halfbyte.errors import HalfbyteError, UsageError
@@ -27,6 +25,7 @@ from halfbyte.experiments.gates import resolve_gates
 from halfbyte.experiments.judging import Judge, kept
 from halfbyte.experiments.matrix import Matrix, load_matrix
 from halfbyte.experiments.production import Production
+from halfbyte.experiments.quantize import device_of
 from halfbyte.experiments.ranking import BY
 from halfbyte.experiments.standings import cost, standings
 from halfbyte.experiments.sweep_text import Given, SweepText
@@ -108,7 +107,7 @@ def sweep(
     path = resolve_model(model, progress)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     with locked(output):
         _refuse_foreign(output, force)
         run = _Sweep(model, path, chosen, output, {**request, "device": device}, force, command, progress, workers)

@@ -16,7 +16,7 @@ from halfbyte.evaluate import Windows, set_windows, text_windows
 from halfbyte.experiments.gates import resolve_gates
 from halfbyte.experiments.measurements import Subject
 from halfbyte.experiments.mitigation import KV_FLAG, Candidate, change_words, changes
-from halfbyte.experiments.quantize import load_tokenizer, self_generated
+from halfbyte.experiments.quantize import device_of, load_tokenizer, self_generated
 from halfbyte.files import portable
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.plan import make_plan, variant_of
@@ -77,7 +77,7 @@ class Workshop:
         self.checkpoint = Checkpoint(self.path)
         self.artifact = self.out / "model"
         self.fingerprint = self.checkpoint.fingerprint()
-        self.device = request.device or "cpu"
+        self.device = device_of(request.device)
         self.base = {"model": self.fingerprint, "halfbyte": halfbyte.__version__, "v": ALGORITHM_VERSION}
 
     def start(self, recipe: Recipe) -> Candidate:
