@@ -57,8 +57,8 @@ SCHEDULES = {
 }
 """By the recipe's `tune`."""
 SLACK = 1.05
-"""Training is kept when the KL it is judged by is at most so many times what it was. The codes were fitted to the very
-text that light is judged on, and not trained on it, so a little worse there is better elsewhere (docs/log.md)."""
+"""Where what is judged was not trained on, training is kept when its KL is at most so many times what it was. The
+codes were fitted to that very text, so a little worse there is better elsewhere (docs/log.md)."""
 FINAL = "model.norm.weight"
 WARMUP = 4
 """Steps until the full rate; it then falls as a cosine."""
@@ -70,7 +70,7 @@ Block = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
 @dataclass
 class Tuned:
     """What became of the model. before, after: KL on calibration tokens, nats a token: those of the first step, or of
-    one that was not taken.
+    one that was not taken (`unseen`).
 
     linears   every quantized linear, with its new scales
     tensors   the norms that were trained, in the model's dtype
@@ -80,11 +80,12 @@ class Tuned:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     before: float = 0.0
     after: float = 0.0
+    unseen: bool = False
 
     @property
     def better(self) -> bool:
         """Whether it should be kept."""
-        return self.after <= self.before * SLACK
+        return self.after <= self.before * SLACK if self.unseen else self.after < self.before
 
 
 class _Adam:
@@ -150,7 +151,7 @@ class Tuner:
             after = self._forward(batches[0] if unseen is None else unseen)[2]
             self.progress.advance()
         linears = {name: replace(q, scales=self._scale(name)) for name, q in self.linears.items()}
-        return Tuned(linears, {name: self._norm(name) for name in self.norms}, before, after)
+        return Tuned(linears, {name: self._norm(name) for name in self.norms}, before, after, unseen is not None)
 
     def _step(self, ids: torch.Tensor) -> float:
         tape, gradient, loss = self._forward(ids, train=True)
