@@ -29,6 +29,8 @@ from halfbyte.algo.grid import Grid
 from halfbyte.algo.kernels import usable
 
 BLOCK = 128
+WIDE = 16384
+"""A Hessian of more columns is factorised in its own place on a CPU: of one of 28,672 there are four else, 13 GB."""
 LIMIT = 1e36
 """Damping that float32 no longer holds beside a Hessian."""
 
@@ -51,7 +53,7 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
     that is not finite or that no damping mends.
     """
     H = H_II.float()
-    if not bool(torch.isfinite(H).all()):
+    if not _finite(H):
         raise ValueError("the Hessian is not finite")
     diagonal = H.diagonal()
     dead = diagonal <= 0
@@ -61,12 +63,17 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
         diagonal, dead = diagonal[order], dead[order]
     mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
     reverse = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
-    H, diagonal, dead = H[reverse[:, None], reverse], diagonal.flip(0), dead.flip(0)
-    H.masked_fill_(dead | dead[:, None], 0)
+    diagonal, dead = diagonal.flip(0), dead.flip(0)
+    in_place = len(H) > WIDE and not H.is_cuda
+    arranged: torch.Tensor | None = None
     share = damp
     while share * mean < LIMIT:
-        H.diagonal().copy_(diagonal + share * mean)
-        upper = _inverse_factor(H)
+        if arranged is None or in_place:
+            arranged = H[reverse[:, None], reverse]
+            if bool(dead.any()):
+                arranged.masked_fill_(dead | dead[:, None], 0)
+        arranged.diagonal().copy_(diagonal + share * mean)
+        upper = _inverse_factor_(arranged) if in_place else _inverse_factor(arranged)
         if upper is not None:
             return Factor(upper, order, share)
         share = share * 2 or 1e-3
@@ -87,7 +94,38 @@ def _inverse_factor(H: torch.Tensor) -> torch.Tensor | None:
     else:
         L = torch.linalg.solve_triangular(L, torch.eye(len(H), device=H.device), upper=False)
     upper = L.flip(0, 1).contiguous()
-    return upper if bool(torch.isfinite(upper).all() & (upper.diagonal() > 0).all()) else None
+    return upper if _finite(upper) and bool((upper.diagonal() > 0).all()) else None
+
+
+def _inverse_factor_(H: torch.Tensor) -> torch.Tensor | None:
+    """The same in H's own place, for matrices of which memory holds few: H is used up, also where there is no U.
+
+    LAPACK counts columns first: what it finds in H^T as the upper factor is L in H.
+    """
+    A, info = H.T, torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(A, upper=True, out=(A, info))
+    if int(info) != 0:
+        return None
+    upper = _reverse_(inverse_lower_(H, panel=1024))
+    return upper if _finite(upper) and bool((upper.diagonal() > 0).all()) else None
+
+
+def _reverse_(matrix: torch.Tensor, step: int = 1 << 22) -> torch.Tensor:
+    """J M J of a contiguous square M in its place: its numbers in reverse."""
+    flat = matrix.view(-1)
+    half, size = len(flat) // 2, len(flat)
+    for first in range(0, half, step):
+        last = min(first + step, half)
+        front, back = flat[first:last], flat[size - last : size - first]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
+
+
+def _finite(matrix: torch.Tensor, rows: int = 256) -> bool:
+    """Whether all of it is; some rows at a time, which takes little memory."""
+    return all(bool(torch.isfinite(some).all()) for some in matrix.split(rows))
 
 
 def inverse_lower_(L: torch.Tensor, panel: int = 512) -> torch.Tensor:
