@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ QUIETLY = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 TAIL = 4000
 """Characters of a log that are kept of what failed."""
 GIB = 1 << 30
+STEP_TOKENS = 8192
+"""--max-num-batched-tokens, as `vllm serve` has it on such a card."""
 GRACE_S, POLL_S = 5.0, 0.2
 
 
@@ -49,6 +51,37 @@ def on_card(card: str) -> dict[str, str]:
 def card_name() -> str:
     """One of the GPUs as its driver calls it."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def card_gib() -> float:
+    """What may be filled of a card."""
+    if not torch.cuda.is_available():
+        return 8.0
+    return torch.cuda.get_device_properties(0).total_memory / GIB - 2.0
+
+
+def engine_words(config: Mapping[str, Any], kv: str, points: Sequence[Mapping[str, Any]]) -> tuple[list[str], float]:
+    """(words for vLLM that hold every point's load and no more, so that engines can share a card; GiB of KV cache)."""
+    tokens = int(1.1 * max(p["prompts"] * (p["input"] + p["output"] + 16) for p in points))
+    space = kv_bytes(config, kv) * tokens
+    flags = {
+        "--dtype": "bfloat16",
+        "--kv-cache-dtype": kv,
+        "--max-model-len": str(max(p["input"] + p["output"] for p in points) + 16),
+        "--max-num-seqs": str(max(p["prompts"] for p in points)),
+        "--max-num-batched-tokens": str(STEP_TOKENS),
+        "--kv-cache-memory-bytes": str(space),
+        "--gpu-memory-utilization": "0.02",
+    }
+    return [*(word for pair in flags.items() for word in pair), "--no-enable-prefix-caching"], space / GIB
+
+
+def kv_bytes(config: Mapping[str, Any], kv: str) -> int:
+    """Bytes of one token's keys and values."""
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    held = config.get("num_key_value_heads") or heads
+    return 2 * config["num_hidden_layers"] * held * width * (1 if kv == "fp8" else 2)
 
 
 def python_of(install: VllmInstall) -> str:

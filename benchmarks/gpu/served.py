@@ -109,7 +109,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
-    place, install, platform = make_directory(args.output), find_vllm(args.vllm), load_platform(args.on)
+    place, install = make_directory(args.output), find_vllm(args.vllm)
+    platform = load_platform(args.on).model_copy(update={"speed": ()})  # no kernel but vLLM's own choice, or the case's
     base = random_model(place / "tiny", "random:tiny") if args.dry else resolve_model(args.model)
     data = dry_tokens(base) if args.dry else CalibrationSet.load(args.calibration)
     windows = dry_windows(data) if args.dry else text_windows([args.text], load_tokenizer(base), count=args.windows)

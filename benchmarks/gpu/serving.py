@@ -31,8 +31,10 @@ from benchmarks.gpu.common import (
     GIB,
     Engine,
     Work,
+    card_gib,
     card_name,
     cards,
+    engine_words,
     markdown,
     middle,
     read_lines,
@@ -47,6 +49,7 @@ from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.platforms import Platform, load_platform
+from halfbyte.platforms.base import within
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
 from halfbyte.serving import VllmInstall, declared_variant, find_vllm
@@ -61,13 +64,12 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptq": ("gptq", ()),
     "nvfp4-humming": ("nvfp4", ("--linear-backend", "humming")),
     "awq": ("awq", ()),
-    "nvfp4-marlin": ("nvfp4", ("--linear-backend", "marlin")),
+    "nvfp4-marlin": ("nvfp4", ()),
 }
-"""What is timed, by importance: the model, and words that choose its kernel."""
+"""What is timed, by importance: the model, and words that choose its kernel. What NVFP4 gets by itself is Marlin before
+vLLM 0.32 (the log says); W4A16_NVFP4 gets it there whatever one says."""
 METHODS = {"bf16": "bf16", "gptq": "gptq", "awq": "awq", "nvfp4": "nvfp4"}
 PREFILL, PREFILL_PROMPTS = "prefill", 16
-STEP_TOKENS = 8192
-"""--max-num-batched-tokens, as `vllm serve` has it on such a card."""
 ROOM_GIB = 3.5
 """What an engine takes beside weights and KV cache: CUDA's context, activations, graphs."""
 
@@ -174,64 +176,25 @@ def engine_of(
 ) -> Engine:
     """A configuration with one KV cache: what vLLM is told, and what it takes of a card."""
     model, words = CONFIGS[name]
-    tokens = kv_tokens(points)
-    space = kv_bytes(config, kv) * tokens
-    flags = {
-        "--dtype": "bfloat16",
-        "--kv-cache-dtype": kv,
-        "--max-model-len": str(max(p["input"] + p["output"] for p in points) + 16),
-        "--max-num-seqs": str(max(p["prompts"] for p in points)),
-        "--max-num-batched-tokens": str(STEP_TOKENS),
-        "--kv-cache-memory-bytes": str(space),
-        "--gpu-memory-utilization": "0.02",
-    }
-    told = [word for pair in flags.items() for word in pair]
+    told, space = engine_words(config, kv, points)
     weights = parameters(config) * (2 if model == "bf16" else 0.72) / GIB
-    directory = place / "models" / model
     facts = {"config": name, "model": model, "kv": kv, "backend": dict(zip(words[::2], words[1::2]))}
     title = name if kv == "auto" else f"{name}-{kv}"
-    return Engine(
-        title, directory, (*told, "--no-enable-prefix-caching", *words), weights + space / GIB + ROOM_GIB, facts
-    )
-
-
-def kv_tokens(points: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens of the largest load, and a tenth more."""
-    return int(1.1 * max(p["prompts"] * (p["input"] + p["output"] + 16) for p in points))
-
-
-def kv_bytes(config: Mapping[str, Any], kv: str) -> int:
-    """Bytes of keys and values of one token."""
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    return (
-        2
-        * config["num_hidden_layers"]
-        * (config.get("num_key_value_heads") or heads)
-        * width
-        * (1 if kv == "fp8" else 2)
-    )
+    return Engine(title, place / "models" / model, (*told, *words), weights + space + ROOM_GIB, facts)
 
 
 def parameters(config: Mapping[str, Any]) -> int:
-    """About how many weights a dense model of that shape has; embeddings and head apart."""
+    """How many weights a dense model of that shape has, embeddings and a head apart from them among them."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     kv = (config.get("num_key_value_heads") or heads) / heads
-    block = hidden * hidden * (2 + 2 * kv) + 3 * hidden * inner
-    return int(config["num_hidden_layers"] * block + 2 * config["vocab_size"] * hidden)
+    block = hidden * hidden * (2 + 2 * kv) + 3 * hidden * inner + 2 * hidden
+    return int(config["num_hidden_layers"] * block + 2 * config["vocab_size"] * hidden + hidden)
 
 
 def shape_config(name: str, base: Path | None) -> dict[str, Any]:
     from benchmarks.gpu.shapes import config_of
 
     return dict(Checkpoint(base).config) if base else config_of(name).to_dict()
-
-
-def card_gib() -> float:
-    """What may be filled of a card."""
-    if not torch.cuda.is_available():
-        return 8.0
-    return torch.cuda.get_device_properties(0).total_memory / GIB - 2.0
 
 
 def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
@@ -304,11 +267,20 @@ def gathered(
         "output_tokens": answer,
         "prefill": {"prompts": PREFILL_PROMPTS, "tokens": args.prefill} if args.prefill else None,
         "repeats": args.repeats,
+        "holds": holds(platform, install.version),
         "rows": [engine.result() for engine in engines],
     }
     for row, engine in zip(result["rows"], engines):
         row["kernel"] = kernel_of(engine, platform)
     return {**result, "evidence": evidence(result, config)}
+
+
+def holds(platform: Platform, version: str) -> dict[str, str]:
+    """The vLLM versions that choose kernels as this one does, where the platform's data says so."""
+    pins = platform.pins
+    if pins is None or not within(pins.since, version, pins.before):
+        return {}
+    return {"since": pins.since, "before": pins.before}
 
 
 def kernel_of(engine: Engine, platform: Platform) -> str:
@@ -337,6 +309,7 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         "device": result["platform"],
         "hardware": result["hardware"],
         "vllm": result["vllm"],
+        **result["holds"],
         "date": datetime.date.today().isoformat(),
         "model": {
             "name": named,
@@ -362,13 +335,20 @@ def evidence_row(row: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any
         "kernel": row["kernel"] + ("" if row["kv"] == "auto" else f", {row['kv'].upper()} KV cache"),
         "method": METHODS[row["model"]],
         "format": packing.format if packing else "bf16",
-        "variants": ["NVFP4"] if packing and packing.format == "modelopt" else [],
+        "variants": variants_of(row, packing),
         "group_size": packing.group_size if packing else None,
         "flags": flags,
         "weights_gib": row["weights_gib"] or 0.001,
         "seconds": {str(n): round(middle(seconds[f"c{n}"]), 4) for n in levels},
         **({"prefill": round(middle(seconds[PREFILL]), 4)} if PREFILL in seconds else {}),
     }
+
+
+def variants_of(row: Mapping[str, Any], packing: Packing | None) -> list[str]:
+    """What a row speaks for: NVFP4 that was given no kernel stands for weight-only NVFP4 too, which gets the same."""
+    if packing is None or packing.format != "modelopt":
+        return []
+    return ["NVFP4"] if row["backend"] else ["W4A16_NVFP4", "NVFP4"]
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

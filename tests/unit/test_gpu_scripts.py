@@ -1,0 +1,167 @@
+"""The pure parts of benchmarks/gpu: emulated inputs, packed random models, rounds of engines, evidence by KV cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.gpu import everything, matrix, served, serving
+from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
+from benchmarks.gpu.common import Engine, read_lines, rounds
+from benchmarks.gpu.shapes import packed_model
+from halfbyte.artifact import load_fake_quantized
+from halfbyte.formats import detect_format
+from halfbyte.platforms import load_platform
+from halfbyte.platforms.evidence import read_table
+from halfbyte.recipe.loader import recipe_from_mapping
+from halfbyte.serving import serve_command
+from halfbyte.types import Scheme
+
+
+def fp4_slowly(x: list[float], input_scale: float) -> list[float]:
+    """One block of NVFP4 inputs, a number at a time."""
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    step = float(torch.tensor(max(map(abs, x)) / (6 * input_scale)).to(torch.float8_e4m3fn)) * input_scale
+    return [step * min(grid, key=lambda v: abs(abs(a) / step - v)) * (1 if a > 0 else -1) for a in x]
+
+
+def test_inputs_are_rounded_as_the_formats_say() -> None:
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    got = fp4_inputs(0.001)(x)
+    for row, mine in zip(x, got):
+        want = fp4_slowly(row[:16].tolist(), 0.001) + fp4_slowly(row[16:].tolist(), 0.001)
+        assert mine.tolist() == pytest.approx(want, rel=1e-6)
+    assert torch.equal(fp4_inputs(1.0)(torch.zeros(1, 16)), torch.zeros(1, 16))
+    eight = fp8_inputs(x)
+    assert (eight - x).abs().max() <= x.abs().max() / 16 and not torch.equal(eight, x)
+    assert eight.abs().amax(-1).tolist() == pytest.approx(x.abs().amax(-1).tolist(), rel=1e-6)
+
+
+def test_emulation_holds_only_while_it_is_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 4, bias=False))
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    plain = model(x)
+    with emulated(model, {"0": fp8_inputs}):
+        assert torch.equal(model(x), torch.nn.functional.linear(fp8_inputs(x), model[0].weight))
+    assert torch.equal(model(x), plain)
+
+
+def test_the_verdict_wants_a_clear_difference() -> None:
+    assert distance([[None, -1.0, -2.0]], [[None, -1.5, -2.0]]) == 0.25
+    assert verdict({"16-bit": 0.01, "FP8": 0.03, "NVFP4": 0.2}) == "16-bit"
+    assert verdict({"16-bit": 0.02, "FP8": 0.03, "NVFP4": 0.2}) == "not told (16-bit is nearest)"
+
+
+@pytest.mark.parametrize("name", list(serving.PACKINGS))
+def test_a_packed_random_model_is_whole_and_as_large_as_a_trained_one(tmp_path: Path, name: str) -> None:
+    packing = serving.PACKINGS[name]
+    directory = packed_model(tmp_path / name, "random:tiny", packing)
+    declared = json.loads((directory / "config.json").read_text())["quantization_config"]
+    linears = ["model.layers.0.mlp.down_proj", "lm_head"]
+    assert detect_format(declared).parse(declared, linears) == {
+        linears[0]: Scheme(packing.grid, packing.group_size),
+        "lm_head": None,
+    }
+    weights = load_fake_quantized(directory).state_dict()
+    for linear in (name for name in weights if "_proj" in name):
+        width = weights[linear].shape[1]
+        assert float(weights[linear].float().std()) == pytest.approx(width**-0.5, rel=0.2)
+        assert not (weights[linear] == 0).all(dim=1).any()
+
+
+def engine(name: str, gib: float) -> Engine:
+    return Engine(name, Path(name), (), gib)
+
+
+def test_rounds_fill_cards_in_order() -> None:
+    engines = [engine("a", 6), engine("b", 3), engine("c", 3), engine("d", 20), engine("e", 1)]
+    named = [[[e.name for e in lane] for lane in lanes] for lanes in rounds(engines, 2, 10, 4)]
+    assert named == [[["a", "b"], ["c"]], [["d"], ["e"]]]
+    assert [[e.name for e in lanes[0]] for lanes in rounds(engines[:3], 1, 100, 2)] == [["a", "b"], ["c"]]
+
+
+def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"ready": 1}\n{"point": "c1", "sec')
+    assert read_lines(file) == [{"ready": 1}]
+
+
+SECONDS = {"bf16": 1.0, "gptq": 0.7, "nvfp4-humming": 0.5, "nvfp4-marlin": 0.8}
+
+
+def timed(tmp_path: Path) -> Path:
+    """An evidence file as serving.py writes it: NVFP4 is fastest in Humming with 16 bits, in Marlin with FP8."""
+    args = serving.parse(["-o", str(tmp_path), "--levels", "1,64", "--configs", *SECONDS])
+    platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
+    points, levels = serving.points_of(args)
+    engines = [serving.engine_of(n, kv, args, tmp_path, config, points) for kv in ("auto", "fp8") for n in SECONDS]
+    install = type("Install", (), {"version": "0.26.0"})
+    for one in engines:
+        fast = 0.4 if one.name == "nvfp4-marlin-fp8" else SECONDS[one.facts["config"]]
+        one.status, one.seconds = "ok", {p["name"]: [fast, fast, 9.0] for p in points}
+        one.log = tmp_path / f"{one.name}.log"
+        kernel = "HummingNvFp4LinearKernel" if "humming" in one.name else "MarlinNvFp4LinearKernel"
+        kernel = "MacheteLinearKernel" if one.facts["model"] == "gptq" else kernel
+        one.log.write_text(f"Using {kernel} for X GEMM\nModel loading took 5.5 GiB and 2.0 seconds\n")
+    result = serving.gathered(args, engines, platform, install, config, levels)  # type: ignore[arg-type]
+    assert [row["kernel"] for row in result["rows"][:4]] == ["BF16", "Machete", "Humming", "Marlin"]
+    file = tmp_path / "evidence.json"
+    file.write_text(json.dumps(result["evidence"]))
+    return file
+
+
+def artifact(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (directory / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return directory
+
+
+def test_serve_takes_the_kernel_that_was_fastest_with_its_kv_cache(tmp_path: Path) -> None:
+    platform = load_platform("h100", [timed(tmp_path)])
+    model = artifact(tmp_path)
+    eight = serve_command(model, "modelopt", platform, concurrency=64)
+    assert eight.value("--kv-cache-dtype") == "fp8" and eight.value("--linear-backend") is None
+    assert "Marlin, FP8 KV cache: 2.50x the speed of BF16 at concurrency 64" in " ".join(eight.notes)
+    sixteen = serve_command(model, "modelopt", platform, concurrency=64, extra=("--kv-cache-dtype", "auto"))
+    assert sixteen.value("--kv-cache-dtype") == "auto" and sixteen.value("--linear-backend") == "humming"
+    assert "kernel Humming: 2.00x the speed of BF16" in " ".join(sixteen.notes)
+
+
+def test_the_table_of_a_timing_is_evidence_for_the_versions_that_choose_alike(tmp_path: Path) -> None:
+    table = read_table(timed(tmp_path))
+    assert (table.since, table.before) == ("0.26.0", "0.32.0")
+    assert table.baseline.kernel == "BF16" and table.baseline.plain
+    assert table.model.parameters == 8_030_261_248
+    assert [row.kernel for row in table.rows_for("modelopt", "W4A16_NVFP4", "auto")] == ["Marlin"]
+
+
+def test_every_case_names_an_artifact_that_can_be_made() -> None:
+    plan = yaml.safe_load(served.PLAN.read_text())
+    made = {**plan["artifacts"], **plan["heads"]}
+    for name, recipe in made.items():
+        recipe_from_mapping({**plan["defaults"], **recipe}, name)
+    cases = served.cases_of(plan, None)
+    named = [case.name for case in cases]
+    for case in cases:
+        assert case.artifact is None or case.artifact in made
+        assert case.against is None or named.index(case.against) < named.index(case.name)
+    assert set(made) == {case.artifact for case in cases if case.artifact}
+
+
+def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None:
+    packing = serving.PACKINGS["gptq"]
+    one, other = (packed_model(tmp_path / n, "random:tiny", packing) for n in ("one", "other"))
+    third = packed_model(tmp_path / "third", "random:tiny", serving.PACKINGS["awq"])
+    assert matrix.served_as(one) == matrix.served_as(other) != matrix.served_as(third)
+
+
+def test_steps_share_what_time_is_left() -> None:
+    assert everything.share(400, ["served", "matrix", "serving"]) == 100
+    assert everything.share(300, ["serving"]) == 300
