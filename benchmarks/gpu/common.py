@@ -135,12 +135,16 @@ class Engine:
 
 @dataclass(frozen=True)
 class Work:
-    """What every engine is asked: `points` [{name, prompts, input, output}], each `repeats` times."""
+    """What every engine is asked: `points` [{name, prompts, input, output}], each `repeats` times.
+
+    timeout   seconds for an engine to load, and again to be timed; timing: what is kept back for each engine's timing
+    """
 
     points: Sequence[dict[str, Any]]
     repeats: int
     vocab: int
     timeout: float = 420.0
+    timing: float = 40.0
 
 
 class Running:
@@ -246,8 +250,9 @@ def run_engines(
         running: list[list[Running]] = [[] for _ in lanes]
         try:
             start_round(lanes, running, work, install, place, gpus, prepare)
-            limit = min(deadline, time.monotonic() + work.timeout)
+            limit = min(deadline - work.timing * max(map(len, lanes)), time.monotonic() + work.timeout)
             ready = [[one for one in lane if one.loaded(limit)] for lane in running]
+            stop_all(one for lane in running for one in lane if one.engine.status == "failed")
             say(f"timing {sum(map(len, ready))} of {sum(map(len, running))}")
             with ThreadPoolExecutor(len(gpus)) as pool:
                 list(pool.map(lambda lane: time_lane(lane, work, deadline, after), ready))

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     points = [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in levels]
     config = Checkpoint(base).config
     engines = engines_of(result["cells"], there, base, engine_words(config, "auto", points))
-    work = Work(points, args.repeats, min(config["vocab_size"], 100_000))
+    work = Work(points, args.repeats, min(config["vocab_size"], 100_000), timing=15)
 
     def write() -> dict[str, Any]:
         facts = {"platform": args.on, "hardware": card_name(), "vllm": install.version, "concurrency": levels[0]}

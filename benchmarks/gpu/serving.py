@@ -88,7 +88,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", default=None)
     parser.add_argument("--abreast", type=int, default=4, help="engines that share a card while they load")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins that could not end")
-    parser.add_argument("--least", type=float, default=150, help="seconds that a round takes at least")
+    parser.add_argument("--least", type=float, default=200, help="seconds that a round takes at least")
     parser.add_argument("--vllm", default=None)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--dry", action="store_true")

@@ -163,5 +163,5 @@ def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None
 
 
 def test_steps_share_what_time_is_left() -> None:
-    assert everything.share(400, ["served", "matrix", "serving"]) == 100
+    assert everything.share(450, ["served", "matrix", "serving"]) == 150
     assert everything.share(300, ["serving"]) == 300
