@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ import yaml
 
 from benchmarks.gpu import everything, matrix, served, serving
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import Engine, read_lines, rounds
+from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
 from benchmarks.gpu.shapes import packed_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.formats import detect_format
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
-from halfbyte.serving import serve_command
+from halfbyte.serving import VllmInstall, serve_command
 from halfbyte.types import Scheme
 
 
@@ -100,7 +101,7 @@ def timed(tmp_path: Path) -> Path:
     platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
     points, levels = serving.points_of(args)
     engines = [serving.engine_of(n, kv, args, tmp_path, config, points) for kv in ("auto", "fp8") for n in SECONDS]
-    install = type("Install", (), {"version": "0.26.0"})
+    install = VllmInstall(Path("vllm"), "0.26.0", Path("python"))
     for one in engines:
         fast = 0.4 if one.name == "nvfp4-marlin-fp8" else SECONDS[one.facts["config"]]
         one.status, one.seconds = "ok", {p["name"]: [fast, fast, 9.0] for p in points}
@@ -108,7 +109,7 @@ def timed(tmp_path: Path) -> Path:
         kernel = "HummingNvFp4LinearKernel" if "humming" in one.name else "MarlinNvFp4LinearKernel"
         kernel = "MacheteLinearKernel" if one.facts["model"] == "gptq" else kernel
         one.log.write_text(f"Using {kernel} for X GEMM\nModel loading took 5.5 GiB and 2.0 seconds\n")
-    result = serving.gathered(args, engines, platform, install, config, levels)  # type: ignore[arg-type]
+    result = serving.gathered(args, engines, platform, install, config, levels)
     assert [row["kernel"] for row in result["rows"][:4]] == ["BF16", "Machete", "Humming", "Marlin"]
     file = tmp_path / "evidence.json"
     file.write_text(json.dumps(result["evidence"]))
@@ -165,3 +166,92 @@ def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None
 def test_steps_share_what_time_is_left() -> None:
     assert everything.share(450, ["served", "matrix", "serving"]) == 150
     assert everything.share(300, ["serving"]) == 300
+
+
+def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path) -> None:
+    words = ["smollm2-135m", "--calibration", "cal", "--text", "t.txt", "-o", str(tmp_path), "--gpus", "0,1"]
+    args = everything.parse([*words, "--work", str(tmp_path / "work")])
+    for step, script in (("served", served), ("matrix", matrix), ("serving", serving)):
+        parsed = script.parse(everything.words_of(step, args, 99.5)[1:])
+        assert (parsed.gpus, parsed.seconds, parsed.output) == ("0,1", 100.0, tmp_path / "work" / step)
+
+
+STAND_IN = """
+import sys, time
+
+class Answer:
+    def __init__(self, count):
+        self.outputs = [self]
+        self.token_ids = [7] * count
+
+class LLM:
+    @classmethod
+    def from_engine_args(cls, words):
+        print("Using FakeLinearKernel for Fake", flush=True)
+        if "broken" in words[1]:
+            raise ValueError("no such kernel")
+        return cls()
+
+    def generate(self, prompts, sampling, use_tqdm):
+        time.sleep(0.01)
+        return [Answer(sampling["max_tokens"]) for _ in prompts]
+
+def SamplingParams(**words):
+    return words
+
+class EngineArgs:
+    add_cli_args = staticmethod(lambda parser: parser)
+    from_cli_args = staticmethod(lambda words: words)
+
+class FlexibleArgumentParser:
+    def parse_args(self, words):
+        return words
+"""
+
+
+@pytest.fixture
+def engine_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmInstall:
+    """A vLLM package that answers at once, and does not load what is called broken."""
+    for name in ("vllm", "vllm/engine", "vllm/utils"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("")
+    (tmp_path / "site/vllm/__init__.py").write_text(STAND_IN)
+    (tmp_path / "site/vllm/engine/arg_utils.py").write_text("from vllm import EngineArgs\n")
+    (tmp_path / "site/vllm/utils/argparse_utils.py").write_text("from vllm import FlexibleArgumentParser\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return VllmInstall(Path(sys.executable), "0.32.0", Path(sys.executable))
+
+
+def test_engines_load_together_and_one_that_does_not_is_a_row(tmp_path: Path, engine_program: VllmInstall) -> None:
+    engines = [engine("one", 1), engine("broken", 1), engine("two", 1)]
+    points = [{"name": "c2", "prompts": 2, "input": 4, "output": 3}]
+    written: list[str] = []
+    run_engines(
+        engines,
+        Work(points, 2, 100),
+        engine_program,
+        tmp_path,
+        [""],
+        gib=10,
+        abreast=3,
+        after=lambda: written.append(",".join(e.status for e in engines)),
+    )
+    assert [e.status for e in engines] == ["ok", "failed", "ok"]
+    assert engines[1].reason == "ValueError: no such kernel" and "no such kernel" in engines[1].result()["log"]
+    assert all(len(e.seconds["c2"]) == 2 and min(e.seconds["c2"]) >= 0.01 for e in (engines[0], engines[2]))
+    assert engines[0].result()["kernels"] == ["FakeLinearKernel"]
+    assert written[0] == "ok,failed,not run"
+
+
+def test_the_matrix_ranks_by_what_was_timed(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "find_vllm", lambda named: engine_program)
+    report = tmp_path / "report.md"
+    args = matrix.parse(["--dry", "-o", str(tmp_path / "out"), "--report", str(report)])
+    result, speeds = matrix.run(args)
+    assert [cell["status"] for cell in result["cells"]] == ["judged", "judged"]
+    for cell in result["cells"]:
+        assert cell["tokens_per_second"] == speeds[cell["name"]]["tokens_per_second"] > 0
+        assert speeds[cell["name"]]["speedup"]["low"] <= speeds[cell["name"]]["speedup"]["value"]
+    assert "| BF16 |" in report.read_text() and "tokens/s at 2" in report.read_text()
