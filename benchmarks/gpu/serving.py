@@ -41,7 +41,7 @@ from benchmarks.gpu.common import (
     run_engines,
     say,
 )
-from benchmarks.gpu.shapes import Packing, is_random, packed_model, random_model
+from benchmarks.gpu.random_models import Packing, is_random, packed_model, random_model
 from halfbyte import quantize
 from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError
@@ -192,7 +192,7 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 
 def shape_config(name: str, base: Path | None) -> dict[str, Any]:
-    from benchmarks.gpu.shapes import config_of
+    from benchmarks.gpu.random_models import config_of
 
     return dict(Checkpoint(base).config) if base else config_of(name).to_dict()
 

@@ -13,7 +13,7 @@ import yaml
 from benchmarks.gpu import everything, matrix, served, serving
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
 from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
-from benchmarks.gpu.shapes import packed_model
+from benchmarks.gpu.random_models import packed_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.formats import detect_format
 from halfbyte.platforms import load_platform
