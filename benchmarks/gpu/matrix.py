@@ -36,7 +36,7 @@ from benchmarks.gpu.common import (
     say,
 )
 from benchmarks.gpu.served import dry_tokens, dry_windows
-from benchmarks.gpu.random_models import random_model
+from benchmarks.gpu.shapes import random_model
 from halfbyte import sweep
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import text_windows

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.activations import Emulation, distance, emulated, fp4_inputs, fp8_inputs, verdict
 from benchmarks.gpu.common import GIB, card_name, cards, log_tail, markdown, on_card, say
-from benchmarks.gpu.random_models import random_model
+from benchmarks.gpu.shapes import random_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import Here

@@ -41,10 +41,10 @@ from benchmarks.gpu.common import (
     run_engines,
     say,
 )
-from benchmarks.gpu.random_models import Packing, is_random, packed_model, random_model
+from benchmarks.gpu.shapes import Packing, is_random, packed_model, random_model
 from halfbyte import quantize
 from halfbyte.calibration import CalibrationSet
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
@@ -79,7 +79,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="random:8b")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--on", default="h100")
-    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--configs", nargs="+", default=None, help=f"{', '.join(CONFIGS)}; more by --on (tune)")
     parser.add_argument("--kv", nargs="+", choices=["auto", "fp8"], default=["auto", "fp8"])
     parser.add_argument("--levels", default="1,4,16,64,128,256")
     parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
@@ -117,11 +117,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     points, levels = points_of(args)
     base = None if is_random(args.model) else resolve_model(args.model)
     config = shape_config(args.model, base)
+    configs = chosen(configs_of(platform, install.version), args.configs)
     engines = [
-        engine_of(name, kv, args, place, config, points)
-        for kv in args.kv
-        for name in args.configs
-        if served_there(name, platform)
+        engine_of(name, *choice, kv, place, config, points) for kv in args.kv for name, choice in configs.items()
     ]
     done = earlier(engines, place, points)
     lock = Lock()
@@ -163,19 +161,45 @@ def points_of(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[int]
     return points, levels
 
 
-def served_there(name: str, platform: Platform) -> bool:
-    """Whether the platform loads a configuration's format."""
-    packing = PACKINGS.get(CONFIGS[name][0])
-    if packing is None:
-        return True
-    return platform.support(packing.format, "NVFP4" if packing.format == "modelopt" else None).loads
+def configs_of(platform: Platform, version: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """What can be timed there: CONFIGS first, then every other kernel that the platform's data names (`tune`)."""
+    found = dict(CONFIGS)
+    for model, packing in PACKINGS.items():
+        for knob in platform.tune:
+            if knob.flag == "--linear-backend" and knob.matters(packing.format, version):
+                found |= {f"{model}-{value}": (model, (knob.flag, value)) for value in knob.values}
+    return {name: choice for name, choice in found.items() if loads(choice[0], platform)}
+
+
+def loads(model: str, platform: Platform) -> bool:
+    """Whether the platform loads a model's format."""
+    packing = PACKINGS.get(model)
+    return packing is None or platform.support(packing.format, default_variant(packing)).loads
+
+
+def default_variant(packing: Packing) -> str | None:
+    """What a packed model declares within its format."""
+    return "NVFP4" if packing.format == "modelopt" else None
+
+
+def chosen(known: dict[str, Any], asked: Sequence[str] | None) -> dict[str, Any]:
+    """Those that were asked for, in that order. Raises UsageError for one that is not known."""
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(f"no configuration {name}: use {', '.join(known)}")
+    return {name: known[name] for name in asked or known}
 
 
 def engine_of(
-    name: str, kv: str, args: argparse.Namespace, place: Path, config: Mapping[str, Any], points: list[dict[str, Any]]
+    name: str,
+    model: str,
+    words: tuple[str, ...],
+    kv: str,
+    place: Path,
+    config: Mapping[str, Any],
+    points: Sequence[Mapping[str, Any]],
 ) -> Engine:
     """A configuration with one KV cache: what vLLM is told, and what it takes of a card."""
-    model, words = CONFIGS[name]
     told, space = engine_words(config, kv, points)
     weights = parameters(config) * (2 if model == "bf16" else 0.72) / GIB
     facts = {"config": name, "model": model, "kv": kv, "backend": dict(zip(words[::2], words[1::2]))}
@@ -192,7 +216,7 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 
 def shape_config(name: str, base: Path | None) -> dict[str, Any]:
-    from benchmarks.gpu.random_models import config_of
+    from benchmarks.gpu.shapes import config_of
 
     return dict(Checkpoint(base).config) if base else config_of(name).to_dict()
 

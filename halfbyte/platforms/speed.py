@@ -89,7 +89,7 @@ class SpeedTable(Data):
         if not within(self.since, self.vllm, self.before):
             raise ValueError(f"vllm {self.vllm} lies outside since {self.since}, before {self.before}")
         if sum(row.format == "bf16" and not row.flags for row in self.rows) != 1:
-            raise ValueError("rows wants the format bf16 without flags exactly once: the baseline")
+            raise ValueError("rows wants the format bf16 exactly once without flags: the baseline")
         odd = [row.kernel for row in self.rows if set(row.seconds) != set(self.baseline.seconds)]
         if odd:
             raise ValueError(f"{odd[0]} was not measured at the concurrencies of the baseline")

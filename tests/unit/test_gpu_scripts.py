@@ -13,8 +13,9 @@ import yaml
 from benchmarks.gpu import everything, matrix, served, serving
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
 from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
-from benchmarks.gpu.random_models import packed_model
+from benchmarks.gpu.shapes import packed_model
 from halfbyte.artifact import load_fake_quantized
+from halfbyte.errors import UsageError
 from halfbyte.formats import detect_format
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
@@ -100,7 +101,12 @@ def timed(tmp_path: Path) -> Path:
     args = serving.parse(["-o", str(tmp_path), "--levels", "1,64", "--configs", *SECONDS])
     platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
     points, levels = serving.points_of(args)
-    engines = [serving.engine_of(n, kv, args, tmp_path, config, points) for kv in ("auto", "fp8") for n in SECONDS]
+    configs = serving.chosen(serving.configs_of(platform, "0.26.0"), args.configs)
+    engines = [
+        serving.engine_of(name, *choice, kv, tmp_path, config, points)
+        for kv in ("auto", "fp8")
+        for name, choice in configs.items()
+    ]
     install = VllmInstall(Path("vllm"), "0.26.0", Path("python"))
     for one in engines:
         fast = 0.4 if one.name == "nvfp4-marlin-fp8" else SECONDS[one.facts["config"]]
@@ -114,6 +120,31 @@ def timed(tmp_path: Path) -> Path:
     file = tmp_path / "evidence.json"
     file.write_text(json.dumps(result["evidence"]))
     return file
+
+
+def test_every_kernel_that_the_platform_names_is_timed() -> None:
+    h100 = load_platform("h100")
+    new, old = (serving.configs_of(h100, version) for version in ("0.32.0", "0.26.0"))
+    assert new["gptq-marlin"] == ("gptq", ("--linear-backend", "marlin"))
+    assert new["nvfp4-marlin"] == ("nvfp4", ("--linear-backend", "marlin")) and old["nvfp4-marlin"] == ("nvfp4", ())
+    assert list(old) == ["bf16", "gptq", "nvfp4-humming", "awq", "nvfp4-marlin"] == list(new)[:5]
+    assert list(serving.configs_of(load_platform("cpu"), "0.32.0")) == ["bf16", "gptq", "awq"]
+    with pytest.raises(UsageError, match="no configuration gptq-machete"):
+        serving.chosen(old, ["gptq-machete"])
+
+
+def test_a_row_that_was_cut_short_is_no_evidence() -> None:
+    base = {"model": "bf16", "kv": "auto", "kernel": "BF16", "backend": {}, "weights_gib": 2.0}
+    rows = [{**base, "seconds": {"c1": [1.0], "c4": [2.0]}}]
+    rows += [{**base, "model": "gptq", "kernel": "a", "seconds": {"c1": [0.5, 0.7, 0.5], "c4": [1.0]}}]
+    rows += [{**base, "model": "awq", "kernel": "b", "seconds": {"c4": [1.5]}}]
+    result = {"rows": rows, "levels": [1, 4, 16], "model": "random:8b", "platform": "h100", "hardware": "", "holds": {}}
+    result |= {"vllm": "0.26.0", "prompt_tokens": 8, "output_tokens": 8, "prefill": None, "repeats": 3}
+    table = serving.evidence(result, serving.shape_config("random:8b", None))
+    assert table and [(r["kernel"], r["seconds"]) for r in table["rows"]] == [
+        ("BF16", {"1": 1.0, "4": 2.0}),
+        ("a", {"1": 0.5, "4": 1.0}),
+    ]
 
 
 def artifact(tmp_path: Path) -> Path:
