@@ -4,7 +4,7 @@
         [--steps served matrix serving] [--work DIR]
 
 Each step has its share of the time that is left, is stopped when the time is over, and leaves what it has: result files
-are whole at any moment. Run again with the same --work (models and runs; /dev/shm/halfbyte-gpu unless said), it goes on
+are whole at any moment. Run again with the same --work (models and runs; unless said, in /dev/shm where it has room, else in /tmp), it goes on
 where it was. DIR gets small files only: tables.txt, served.json, sweep.json, h100-smollm2.md, serving.json,
 evidence.json and logs.txt (the ends of vLLM's logs).
 """
@@ -29,6 +29,14 @@ from halfbyte.files import make_directory
 STEPS = {"served": 1.5, "matrix": 1.0, "serving": 2.0}
 """What may be done, and its share of the time that is left, against the steps behind it."""
 LEAST_S, END_S = 60.0, 10.0
+ROOM = 45 << 30
+
+
+def default_work() -> Path:
+    """Memory where it holds an 8B shape in every format, else the disk."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).total > ROOM
+    return (memory if roomy else Path("/tmp")) / "halfbyte-gpu"
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,7 +45,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/dev/shm/halfbyte-gpu"))
+    parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--seconds", type=float, default=570)
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--gpus", default=None)
