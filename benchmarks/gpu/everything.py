@@ -4,9 +4,9 @@
         [--steps served matrix serving] [--work DIR]
 
 Each step has its share of the time that is left, is stopped when the time is over, and leaves what it has: result files
-are whole at any moment. Run again with the same --work (models and runs; unless said, in /dev/shm where it has room, else in /tmp), it goes on
-where it was. DIR gets small files only: tables.txt, served.json, sweep.json, h100-smollm2.md, serving.json,
-evidence.json and logs.txt (the ends of vLLM's logs).
+are whole at any moment. Run again with the same --work (models and runs; unless said, in /dev/shm where it has room,
+else in /tmp), it goes on where it was. DIR gets small files only: tables.txt, served.json, sweep.json, h100-smollm2.md,
+serving.json, evidence.json and logs.txt (the ends of vLLM's logs).
 """
 
 from __future__ import annotations

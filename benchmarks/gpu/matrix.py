@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.common import (
@@ -103,6 +105,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         )
 
     result = swept()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     say(f"{len(result['cells'])} cells made and judged after {time.monotonic() - began:.0f} s")
     levels = [int(level) for level in args.levels.split(",")]
     prompt, answer = map(int, args.tokens.split(","))

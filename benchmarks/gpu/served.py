@@ -358,7 +358,7 @@ def log_probabilities(model: Any, windows: Windows) -> Scores:
     found: Scores = []
     for ids in windows.ids:
         batch, at = ids[None], torch.arange(1, len(ids))
-        values = token_loglik(logits_of(model, batch), batch.to(model.device), torch.zeros_like(at), at)
+        values = token_loglik(logits_of(model, batch), batch, torch.zeros_like(at), at)
         found.append([None, *values.tolist()])
     return found
 

@@ -105,7 +105,9 @@ def main() -> None:
         result = run(args)
     except HalfbyteError as error:
         sys.exit(f"serving.py: {error}")
-    print("\n".join(table(result)))
+    print("\n".join(table(result)), flush=True)
+    if result["evidence"]:
+        read_table(args.output / "evidence.json")
     sys.exit(0 if all(row["status"] == "ok" for row in result["rows"]) else 1)
 
 
@@ -146,8 +148,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         after=write,
     )
     write()
-    if (place / "evidence.json").is_file():
-        read_table(place / "evidence.json")
     return gathered(args, engines, platform, install, config, levels)
 
 
@@ -233,6 +233,8 @@ def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
         engine.model = base
     elif not (engine.model / "halfbyte.json").is_file():
         quantize(str(base), nearest(PACKINGS[model]), engine.model, random_tokens(base))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     took = time.monotonic() - began
     if took > 1:
         say(f"{model}: made in {took:.0f} s")
@@ -296,6 +298,8 @@ def gathered(
     }
     for row, engine in zip(result["rows"], engines):
         row["kernel"] = kernel_of(engine, platform)
+        if row["weights_gib"] is None and engine.model.is_dir():
+            row["weights_gib"] = sum(file.stat().st_size for file in engine.model.glob("*.safetensors")) / GIB
     return {**result, "evidence": evidence(result, config)}
 
 
@@ -362,7 +366,7 @@ def evidence_row(row: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any
         "variants": variants_of(row, packing),
         "group_size": packing.group_size if packing else None,
         "flags": flags,
-        "weights_gib": row["weights_gib"] or 0.001,
+        "weights_gib": round(row["weights_gib"], 6),
         "seconds": {str(n): round(middle(seconds[f"c{n}"]), 4) for n in levels},
         **({"prefill": round(middle(seconds[PREFILL]), 4)} if PREFILL in seconds else {}),
     }
