@@ -103,11 +103,11 @@ def main() -> None:
     args = parse()
     try:
         result = run(args)
+        print("\n".join(table(result)), flush=True)
+        if result["evidence"]:
+            read_table(args.output / "evidence.json")
     except HalfbyteError as error:
         sys.exit(f"serving.py: {error}")
-    print("\n".join(table(result)), flush=True)
-    if result["evidence"]:
-        read_table(args.output / "evidence.json")
     sys.exit(0 if all(row["status"] == "ok" for row in result["rows"]) else 1)
 
 

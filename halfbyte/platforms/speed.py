@@ -49,9 +49,9 @@ class SpeedRow(Data):
         return self.flags.get("--kv-cache-dtype") or "auto"
 
     @property
-    def plain(self) -> bool:
-        """Whether vLLM takes this kernel by itself."""
-        return not set(self.flags) - {"--kv-cache-dtype"}
+    def own_flags(self) -> Flags:
+        """What makes vLLM take this kernel, whatever the KV cache; empty: it does by itself."""
+        return {flag: value for flag, value in self.flags.items() if flag != "--kv-cache-dtype"}
 
     @model_validator(mode="after")
     def _positive(self) -> SpeedRow:

@@ -17,6 +17,7 @@ from benchmarks.gpu.shapes import packed_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.errors import UsageError
 from halfbyte.formats import detect_format
+from halfbyte.plan import choose
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
@@ -169,7 +170,7 @@ def test_serve_takes_the_kernel_that_was_fastest_with_its_kv_cache(tmp_path: Pat
 def test_the_table_of_a_timing_is_evidence_for_the_versions_that_choose_alike(tmp_path: Path) -> None:
     table = read_table(timed(tmp_path))
     assert (table.since, table.before) == ("0.26.0", "0.32.0")
-    assert table.baseline.kernel == "BF16" and table.baseline.plain
+    assert table.baseline.kernel == "BF16" and not table.baseline.flags
     assert table.model.parameters == 8_030_261_248
     assert [row.kernel for row in table.rows_for("modelopt", "W4A16_NVFP4", "auto")] == ["Marlin"]
 
@@ -286,3 +287,11 @@ def test_the_matrix_ranks_by_what_was_timed(
         assert cell["tokens_per_second"] == speeds[cell["name"]]["tokens_per_second"] > 0
         assert speeds[cell["name"]]["speedup"]["low"] <= speeds[cell["name"]]["speedup"]["value"]
     assert "| BF16 |" in report.read_text() and "tokens/s at 2" in report.read_text()
+
+
+def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:
+    """FP8, the H100's own: NVFP4 in Marlin (0.4 s) is faster than GPTQ (0.7) and needs no flag."""
+    decision = choose([128], [load_platform("h100", [timed(tmp_path)])], [64])
+    assert decision.recipe.method == "nvfp4" and decision.recipe.activations == "bf16"
+    words = " ".join(reason.text for reason in decision.reasons)
+    assert "linear-backend" not in words and "kv-cache-dtype fp8 (" not in words
