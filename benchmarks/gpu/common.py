@@ -23,6 +23,8 @@ from halfbyte.serving.log import read_log
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = Path(__file__).with_name("offline.py")
 QUIETLY = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+LEAST_TOKENS = 8192
+"""Of a KV cache: a few of its blocks, however large a device makes them."""
 TAIL = 4000
 """Characters of a log that are kept of what failed."""
 GIB = 1 << 30
@@ -62,7 +64,7 @@ def card_gib() -> float:
 
 def engine_words(config: Mapping[str, Any], kv: str, points: Sequence[Mapping[str, Any]]) -> tuple[list[str], float]:
     """(words for vLLM that hold every point's load and no more, so that engines can share a card; GiB of KV cache)."""
-    tokens = int(1.1 * max(p["prompts"] * (p["input"] + p["output"] + 16) for p in points))
+    tokens = max(LEAST_TOKENS, int(1.1 * max(p["prompts"] * (p["input"] + p["output"] + 16) for p in points)))
     space = kv_bytes(config, kv) * tokens
     flags = {
         "--dtype": "bfloat16",
