@@ -43,6 +43,10 @@ Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How re
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="LIMIT", help="Host memory to solve blocks in (12GiB); none: what is free."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
 
@@ -53,6 +57,13 @@ def _recipe(name: str | None, overrides: list[str] | None):  # type: ignore[no-u
     if name is None and overrides:
         raise UsageError("--set changes a recipe: name one with -r (halfbyte ls recipes)")
     return load_recipe(name, overrides or []) if name else None
+
+
+def memory_limit(text: str | None) -> int | None:
+    """--memory in bytes."""
+    from halfbyte.experiments.mitigation import parse_bytes
+
+    return parse_bytes(text, "--memory") if text else None
 
 
 def plan(
@@ -138,6 +149,7 @@ def quantize(
     workers: Count = None,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -148,6 +160,7 @@ def quantize(
     from halfbyte.recipe import load_recipe
 
     chosen = load_recipe(recipe, override or [])
+    limit = memory_limit(memory)
     device = device or next(iter(device_list(devices)), None)
     with progress() as shown, solvers(devices, workers, ray, ray_workers, device, shown) as them:
         manifest = make(
@@ -160,6 +173,7 @@ def quantize(
             command=own_command(),
             progress=shown,
             workers=them,
+            memory=limit,
         )
     emit(manifest, style, artifact_words(output, manifest))
 
@@ -192,6 +206,7 @@ def run(
     context: Context = None,
     concurrency: Concurrency = None,
     device: Device = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -219,6 +234,7 @@ def run(
         mitigate=mitigate,
         budget=budget,
         measure=measure,
+        memory=memory_limit(memory),
     )
     with progress() as shown:
         result = do(request, shown)
