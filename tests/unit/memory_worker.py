@@ -1,11 +1,12 @@
-"""A process that quantizes once in little, to have everything imported, then for real, and tells how much it took.
+"""Quantizes once in little, to have everything imported, then under each limit in a fork, and tells what that took.
 
-    python -m tests.unit.memory_worker MODEL SET SMALL_SET OUT LIMIT|none
-Prints: bytes resident before, most bytes resident since.
+    python -m tests.unit.memory_worker MODEL SET SMALL_SET OUT LIMIT|none ...
+Prints for each limit the bytes that were resident at most beyond those before.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,12 +21,18 @@ def status(key: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def main(model: str, given: str, small: str, out: str, limit: str) -> None:
+def main(model: str, given: str, small: str, out: str, *limits: str) -> None:
     quantize(model, RECIPE, Path(out) / "warm", [small], device="cpu")
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    quantize(model, RECIPE, Path(out) / "model", [given], device="cpu", memory=None if limit == "none" else int(limit))
-    print(before, status("VmHWM"))
+    for limit in limits:
+        if not (pid := os.fork()):
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS")
+            memory = None if limit == "none" else int(limit)
+            quantize(model, RECIPE, Path(out) / limit, [given], device="cpu", memory=memory)
+            print(status("VmHWM") - before, flush=True)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            raise SystemExit(f"{limit}: the child failed")
 
 
 if __name__ == "__main__":
