@@ -1,7 +1,7 @@
 """Kills, full disks and two at once: what a run leaves behind, and whether it ends as if nothing had happened.
 
     python benchmarks/reliability/crashes.py [--model tiny] [--commands quantize run sweep] [--kills 50] [--full 20]
-                                             [--calibration SET|TEXT] [--seed 0]
+                                             [--calibration SET|TEXT] [--set KEY=VALUE] [--seed 0]
 
 SIGKILL at random moments of each command, and the same command again: the artifact must be bit for bit that of an
 uninterrupted run, with the same figures, no process, port or temporary file left. A tmpfs that fills at a random size
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,8 +273,10 @@ def two_at_once(bench: Bench) -> Row:
     return row
 
 
-def benches(model: str, names: list[str], calibration: str | None, scratch: Path) -> list[Bench]:
-    """The commands, on a tiny model made here or on the one that is named."""
+def benches(
+    model: str, names: list[str], calibration: str | None, scratch: Path, overrides: Sequence[str] = ()
+) -> list[Bench]:
+    """The commands, on a tiny model made here or on the one that is named; `overrides` are of the recipe B3's keys."""
     env = {"TMPDIR": str(scratch / "tmp"), "PATH": os.environ["PATH"]}
     (scratch / "tmp").mkdir()
     (scratch / "out").mkdir()
@@ -285,7 +287,8 @@ def benches(model: str, names: list[str], calibration: str | None, scratch: Path
         model = str(make_tiny("llama", scratch / "model", num_hidden_layers=3, tie_word_embeddings=False))
         env["HALFBYTE_CACHE"] = str(scratch / "cache")
         given = calibration or str(random_set(tokens=2400, longest=128).save(scratch / "set"))
-    size = ["--set", "group_size=32", "--set", "calibration.sequences=16", "--set", "calibration.max_tokens=256"]
+    keys = ["group_size=32", "calibration.sequences=16", "calibration.max_tokens=256", *overrides]
+    size = [word for key in keys for word in ("--set", key)]
     fake = str(make_fake(scratch / "fake-vllm"))
     matrix = scratch / "two.yaml"
     matrix.write_text("cells: [B1, C1]\ndefaults: {group_size: 32, calibration: {sequences: 16, max_tokens: 256}}\n")
@@ -322,13 +325,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="in all, spread evenly over the commands")
     parser.add_argument("--full", type=int, default=20, help="full disks in all")
     parser.add_argument("--calibration", help="a calibration set or text for `quantize`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     chance = random.Random(asked.seed)
     import_all()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        made = benches(asked.model, asked.commands, asked.calibration, Path(scratch))
+        made = benches(asked.model, asked.commands, asked.calibration, Path(scratch), asked.set)
         for number, bench in enumerate(made):
             bench.measure()
             print(

@@ -32,6 +32,8 @@ from halfbyte.algo.grid import Grid
 from halfbyte.algo.kernels import usable
 
 BLOCK = 128
+WIDE = 16384
+"""A Hessian of more columns is factorised in its own place on a CPU: of one of 28,672 there are three else, 10 GB."""
 LIMIT = 1e36
 """Damping that float32 no longer holds beside a Hessian."""
 
@@ -61,34 +63,61 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
         diagonal, dead = diagonal[order], dead[order]
-    some = bool(dead.any())
     mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
     reverse = (torch.arange(len(H_II), device=H_II.device) if order is None else order).flip(0)
-    H, diagonal, dead = H_II[reverse[:, None], reverse].float(), diagonal.flip(0), dead.flip(0)
-    if some:
-        H.masked_fill_(dead | dead[:, None], 0)
+    diagonal, dead = diagonal.flip(0), dead.flip(0)
+    in_place = len(H_II) > WIDE and not H_II.is_cuda
+    H: torch.Tensor | None = None
     share = damp
     while share * mean < LIMIT:
+        if H is None or in_place:
+            H = H_II[reverse[:, None], reverse].float()
+            if bool(dead.any()):
+                H.masked_fill_(dead | dead[:, None], 0)
         H.diagonal().copy_(diagonal + share * mean)
-        feedback = _unit_upper(H)
+        feedback = _unit_upper(H, in_place)
         if feedback is not None:
             return Factor(feedback, order, share)
         share = share * 2 or 1e-3
-        if not bool(torch.isfinite(H).all()):
+        if not _finite(H_II):
             raise ValueError("the Hessian is not finite")
     raise ValueError("no damping makes the Hessian positive definite in float32")
 
 
-def _unit_upper(H: torch.Tensor) -> torch.Tensor | None:
+def _unit_upper(H: torch.Tensor, in_place: bool) -> torch.Tensor | None:
     """Unit upper B with J H J = B D B^T, J the reversal of the order; None where float32 finds H not positive definite.
 
-    chol(H) = L gives J H J = (J L J)(J L J)^T with J L J upper; its columns are divided by its diagonal.
+    chol(H) = L gives J H J = (J L J)(J L J)^T with J L J upper; its columns are divided by its diagonal. `in_place`:
+    in H's own memory, for matrices of which there is room for few; H is used up, also where there is no B.
     """
-    L, info = torch.linalg.cholesky_ex(H)
-    diagonal = L.diagonal()
+    if in_place:  # LAPACK counts columns first: what it finds in H^T as the upper factor is L in H
+        L, info = H, torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(H.T, upper=True, out=(H.T, info))
+    else:
+        L, info = torch.linalg.cholesky_ex(H)
+    diagonal = L.diagonal().flip(0).clone()
     if int(info) != 0 or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
         return None
-    return L.flip(0, 1).contiguous().div_(diagonal.flip(0))
+    upper = _reverse_(L).triu_() if in_place else L.flip(0, 1).contiguous()
+    return upper.div_(diagonal)
+
+
+def _reverse_(matrix: torch.Tensor, step: int = 1 << 22) -> torch.Tensor:
+    """J M J of a contiguous square M in its place: its numbers in reverse."""
+    flat = matrix.view(-1)
+    half, size = len(flat) // 2, len(flat)
+    for first in range(0, half, step):
+        last = min(first + step, half)
+        front, back = flat[first:last], flat[size - last : size - first]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
+
+
+def _finite(matrix: torch.Tensor, rows: int = 256) -> bool:
+    """Whether all of it is; some rows at a time, which takes little memory."""
+    return all(bool(torch.isfinite(some).all()) for some in matrix.split(rows))
 
 
 def gptq(

@@ -72,7 +72,7 @@ def solve_block(
     groups = family.groups_of(index) if groups is None else groups
     todo = [g for g in groups if prefix + g.names[0] in schemes]
     result = BlockResult()
-    weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
+    weights = {n: tensors[f"{n}.weight"] for g in todo for n in g.names}
     group_stats = {g.key: stats.get(g.key) or _no_stats(weights[g.names[0]]) for g in todo}
     for group in todo:
         _refuse_broken(prefix, group, weights, group_stats[group.key])
@@ -188,7 +188,7 @@ def _absorb(
     weight = weights[fold.linear]
     rows = _rows(fold, family, len(weight))
     per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s
-    weights[fold.linear] = weight.clone()
+    weights[fold.linear] = weight.float().clone()
     weights[fold.linear][rows] /= per_row[:, None]
     bias = f"{fold.linear}.bias"
     if bias in tensors:

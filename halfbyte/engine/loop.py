@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from halfbyte.algo import Stats, dequantize
+from halfbyte.engine.activations import Activations, Room
 from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
@@ -100,18 +101,20 @@ def quantize_blocks(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
+    room: Room | None = None,
 ) -> None:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
     batch_tokens    of one forward; None: BATCH_TOKENS, by the device
     workers     who solves while the pass goes on; None: this process, on `device`
+    room        for the hidden states between blocks; None: memory, all of it
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
     """
     progress = progress or Quiet()
     _refuse(jobs, sequences)
-    run = _Pass(checkpoint, jobs, device, progress, workers)
+    run = _Pass(checkpoint, jobs, device, progress, workers, room)
     try:
         if sequences is None:
             run.without_data()
@@ -119,6 +122,7 @@ def quantize_blocks(
             run.with_data(sequences, batch_tokens or BATCH_TOKENS[torch.device(device).type])
     finally:
         run.solving.keeping.close()
+        run.hidden.close()
 
 
 def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
@@ -135,7 +139,13 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
 
 class _Pass:
     def __init__(
-        self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress, workers: Workers | None
+        self,
+        checkpoint: Checkpoint,
+        jobs: Sequence[Job],
+        device: str,
+        progress: Progress,
+        workers: Workers | None,
+        room: Room | None,
     ):
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
@@ -143,6 +153,7 @@ class _Pass:
         self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
         self.careful = any(j.recipe.effort == "max" for j in jobs)
+        self.hidden = Activations(device, room)
         self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
 
     def without_data(self) -> None:
@@ -160,7 +171,7 @@ class _Pass:
     def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
         count = self.family.num_blocks
         batches = make_batches(sequences, batch_tokens)
-        hidden, arguments = self.skeleton.embed(ids for ids, _ in batches)
+        hidden, arguments = self.skeleton.embed((ids for ids, _ in batches), self.hidden)
         keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
         shapes = [tuple(ids.shape) for ids, _ in batches]
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
@@ -179,14 +190,12 @@ class _Pass:
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._finish((hidden, keeps))
 
-    def _finish(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
+    def _finish(self, activations: tuple[Activations, list[Any]] | None) -> None:
         self.solving.finish()
         self._head(activations)
         self.solving.keeping.settle()
 
-    def _one_block(
-        self, index: int, hidden: list[torch.Tensor], keeps: list[Any], kwargs: list[dict[str, Any]]
-    ) -> None:
+    def _one_block(self, index: int, hidden: Activations, keeps: list[Any], kwargs: list[dict[str, Any]]) -> None:
         block = self.skeleton.load_block(index, then=index + 1)
         waiting = [j for j in self.jobs if not j.done(index)]
         propagate = self.jobs[0].recipe.propagate
@@ -250,7 +259,7 @@ class _Pass:
     def _head_jobs(self) -> list[Job]:
         return [j for j in self.jobs if self.family.lm_head in j.schemes]
 
-    def _head(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
+    def _head(self, activations: tuple[Activations, list[Any]] | None) -> None:
         """Quantize lm_head for the recipes that ask for it: its input is the final norm's output."""
         from halfbyte.algo import solve_group
         from halfbyte.engine.block import options_of

@@ -514,9 +514,9 @@ def test_input_scales_follow_the_scaled_inputs(model_of: Callable[[str], Path]) 
 
 def test_raised_damping_is_a_notice(model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     method = importlib.import_module("halfbyte.algo.gptq")
-    real = method._inverse_factor
+    real = method._unit_upper
     first = iter([True])
-    monkeypatch.setattr(method, "_inverse_factor", lambda H: None if next(first, False) else real(H))
+    monkeypatch.setattr(method, "_unit_upper", lambda *given: None if next(first, False) else real(*given))
     progress = Quiet()
     (blocks,) = collect(Checkpoint(model_of("mistral")), recipe(method="gptq"), data=sequences(), progress=progress)
     assert progress.notices == ["model.layers.0.self_attn.qkv_proj: damping raised from 0.05 to 0.1"]

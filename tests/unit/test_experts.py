@@ -233,7 +233,7 @@ def test_scales_of_experts_cancel(family: str, model_of: Callable[..., Path], mo
         return 2 ** (2 * torch.rand(weights[0].shape[1], generator=torch.Generator().manual_seed(3)) - 1)
 
     def keep(weights: list[torch.Tensor], *_: object) -> tuple[list[Solved], None]:
-        return [Solved(SimpleNamespace(weight=w.clone()), 0.0, None) for w in weights], None  # type: ignore[arg-type]
+        return [Solved(SimpleNamespace(weight=w.float().clone()), 0.0, None) for w in weights], None  # type: ignore[arg-type]
 
     monkeypatch.setattr(block_module, "find_scale", forced)
     monkeypatch.setattr(block_module, "solve_group", keep)
