@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -392,7 +393,31 @@ def test_a_stated_gate_on_speed_reads_what_was_benchmarked(
 def test_the_check_is_a_gate(go: Any, tmp_path: Path) -> None:
     row = go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "check"])["cells"][0]
     assert row["gates"]["verdict"] == "accepted" and row["check"]["ok"]
-    assert go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "served"])["verdict"] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("gate", "bench", "how"),
+    [
+        ("tasks=-2%", None, "halfbyte run -r RECIPE --gate tasks=-2% does"),
+        ("long_context=5%", None, "halfbyte run -r RECIPE"),
+        ("memory@4=fits", 4, "halfbyte run -r RECIPE"),
+        ("stability", None, "halfbyte run -r RECIPE"),
+        ("served", None, "halfbyte run -r RECIPE"),
+        ("speed@4=+20%", None, "--bench 4 does"),
+        ("speed@4=+20%", 8, "--bench 4 does"),
+    ],
+)
+def test_a_gate_that_is_not_measured_is_refused_at_once(
+    go: Any, tmp_path: Path, gate: str, bench: int | None, how: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--gate {gate}: this sweep does not measure that; {how}")):
+        go(tmp_path / "out", PORTABLE, only=["B3"], gates=[gate], bench=bench)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_on_the_speed_that_will_be_measured_is_taken(go: Any, tmp_path: Path) -> None:
+    result = go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "speed@4=+20%"], bench=4)
+    assert [row["gates"]["verdict"] for row in result["cells"]] == ["incomplete"]
 
 
 def test_force_begins_anew_and_foreign_directories_are_refused(go: Any, tmp_path: Path) -> None:
