@@ -37,11 +37,6 @@ Task = Annotated[
         help="A task of lm-eval's, a YAML file or directory of them, or `default`. Repeatable.",
     ),
 ]
-Data = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
-]
-Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Items of a task, questions of a file.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Tasks go through the model's chat template.")]
 Qa = Annotated[Path | None, _file("--qa", help="Your questions with answers, JSONL.")]
 Metric = Annotated[str, typer.Option("--qa-metric", metavar="NAME", help="f1, em, rouge_l or bleu: which one leads.")]
@@ -101,6 +96,10 @@ class Asked:
         wanted = bool(self.task or self.qa or self.chat or self.long_context)
         if not wanted and self.backend is not Backend.hf:
             raise UsageError("--backend vllm is for --task, --qa, --chat and --long-context: name one of them")
+        if not self.task and (self.data or self.chat_template):
+            raise UsageError(f"{'--data' if self.data else '--chat-template'} is for --task: name one")
+        if self.limit and not (self.task or self.qa or self.chat):
+            raise UsageError("--limit is for --task, --qa and --chat: name one of them (--windows: of text)")
         return wanted
 
 

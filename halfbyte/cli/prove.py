@@ -9,7 +9,7 @@ import typer
 
 from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Device, Style, Text
+from halfbyte.cli.make import Data, Device, Limit, Style, Text
 
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory.")]
 SERVED_SEED = 7
@@ -93,8 +93,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
     device: Device = None,
     task: asked.Task = None,
-    data: asked.Data = None,
-    limit: asked.Limit = None,
+    data: Data = None,
+    limit: Limit = None,
     chat_template: asked.ChatTemplate = False,
     qa: asked.Qa = None,
     qa_metric: asked.Metric = "f1",

@@ -17,6 +17,7 @@ from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.evaluate.tasks import TASKS
 from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.climb import Climb
 from halfbyte.experiments.evaluating import measure_fidelity
@@ -106,7 +107,10 @@ class _Run:
             self.climb.forget()
 
     def _asked(self) -> set[str]:
-        """The result files that gates and options ask for; what cannot be measured here is told."""
+        """The result files that gates and options ask for; what cannot be measured here is told.
+
+        Raises a HalfbyteError for what is not there yet and cannot be measured as it is asked.
+        """
         stated = {gate.kind.file: gate.spelled for gate in self.shop.gates if gate.stated}
         named = {row.name: row.product for row in available().values()}
         options = {named.get(name, f"{name.replace('-', '_')}.json"): f"--{name}" for name in self.request.measure}
@@ -114,7 +118,13 @@ class _Run:
             if product not in (*OWN_RESULTS, *available()):
                 self.why[product] = unavailable(product)
                 self.progress.say(f"{word}: {self.why[product]}")
-        return {*ALWAYS, *stated, *options}
+        asked = {*ALWAYS, *stated, *options}
+        if (self.request.data or self.request.limit) and TASKS not in asked:
+            raise UsageError("--data and --limit are for tasks: ask for them with --tasks")
+        for product in sorted(asked & available().keys()):
+            if self.request.force or not (self.out / product).exists():
+                available()[product].refuse(self.shop.asked)
+        return asked
 
     def _plan_key(self) -> dict[str, Any]:
         request = self.request
@@ -128,7 +138,8 @@ class _Run:
         request = self.request
         gates = [(gate.name, gate.spell(), gate.stated) for gate in self.shop.gates]
         key = {**self._plan_key(), "files": self.shop.files(), "gates": gates, "budget": request.budget}
-        return {**key, "measure": request.measure, "device": request.device}
+        key |= {"measure": request.measure, "device": request.device}
+        return key | ({"tasks": [str(request.data), request.limit]} if request.data or request.limit else {})
 
     def go(self) -> dict[str, Any]:
         started = time.monotonic()

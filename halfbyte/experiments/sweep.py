@@ -96,7 +96,8 @@ def sweep(
     seconds {calibration, statistics, solving, writing, reference, evaluating, total}, over all starts;
     cost {one_run, one_run_seconds, matrix_seconds, ratio} or null where an interruption lost the times.
 
-    Raises UsageError for a wrong matrix or output, a wrong gate or one that a sweep does not measure, HalfbyteError where no cell can be made at all.
+    Raises UsageError for a wrong matrix or output, a wrong gate or one that a sweep does not measure, HalfbyteError
+    where no cell can be made at all.
     """
     progress = progress or Quiet()
     if by not in BY:
