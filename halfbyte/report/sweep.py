@@ -25,7 +25,7 @@ from halfbyte.report.build import SWEEP, write_page
 from halfbyte.report.front import Candidate, cell_rates, front_section
 from halfbyte.report.judged import VERDICTS, binding_words
 from halfbyte.report.sources import read_result
-from halfbyte.report.sweep_cells import differences, kl_of, matrix
+from halfbyte.report.sweep_cells import by_platform, differences, kl_of, matrix
 from halfbyte.report.words import (
     command,
     dig,
@@ -89,6 +89,7 @@ def sweep_page(result: dict[str, Any]) -> Page:
     sections = (
         _front(result, judged),
         matrix(result, judged, [cell for cell in cells if cell.get("status") != "judged"]),
+        by_platform(judged),
         differences(judged),
         _notices(cells),
         _cost(result, cells),
