@@ -60,6 +60,7 @@ class BenchRequest:
     prefill     tokens of the long prompts that are answered by one token; 0: not measured
     extra       words for every vLLM
     watch       what to look for in long generations (halfbyte.evaluate.stability), or None
+    loads       whether speed is measured; False: only what `watch` looks for, of the same servers
     """
 
     variants: tuple[Variant, ...]
@@ -74,10 +75,13 @@ class BenchRequest:
     seed: int = 0
     extra: tuple[str, ...] = ()
     watch: Watch | None = None
+    loads: bool = True
 
     @cached_property
     def points(self) -> dict[str, Load]:
         """The loads by name: c1, c16, … and prefill."""
+        if not self.loads:
+            return {}
         found = {f"c{level}": self._load(level) for level in self.concurrency}
         if self.prefill:
             prompts = min(PREFILL_PROMPTS, self.requests or PREFILL_PROMPTS)

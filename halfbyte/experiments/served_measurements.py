@@ -36,19 +36,19 @@ def key(subject: Subject) -> Mapping[str, Any]:
 
 def bench(subject: Subject) -> Mapping[str, Any]:
     """bench.json, on the first platform. Where a gate asks for stability, the same servers are observed for that."""
-    return bench_result(_measured(subject, any(gate.family == "stability" for gate in subject.gates)))
+    return bench_result(_measured(subject, any(gate.family == "stability" for gate in subject.gates), True))
 
 
 def stability(subject: Subject) -> Mapping[str, Any]:
-    """stability.json: long generations, and load at the largest concurrency."""
-    found = stability_result(_measured(subject, True))
+    """stability.json: long generations, and load at the largest concurrency. Speed is left to `bench`."""
+    found = stability_result(_measured(subject, True, False))
     if found is None:
         raise HalfbyteError("nothing was observed of the server")
     return found
 
 
-def _measured(subject: Subject, watched: bool) -> Measured:
+def _measured(subject: Subject, watched: bool, loads: bool) -> Measured:
     watch = Watch(max(levels(subject)), LOAD_SECONDS) if watched else None
     variants = (Variant(BASELINE, subject.path), Variant(MODEL, subject.artifact))
-    request = BenchRequest(variants, subject.platforms[0], levels(subject), watch=watch)
+    request = BenchRequest(variants, subject.platforms[0], levels(subject), watch=watch, loads=loads)
     return measure(request, subject.out / PLACE, find_vllm(subject.vllm), progress=subject.progress)

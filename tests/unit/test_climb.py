@@ -328,3 +328,15 @@ def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any,
     assert len(benched) == 2 * 3, "stability takes the runs of the bench: two levels, three repeats, once each"
     bench = read(done / "bench.json")
     assert [point["concurrency"] for point in bench["points"]] == [1, 2] and str(tmp_path) not in json.dumps(bench)
+
+
+def test_a_gate_on_stability_alone_measures_no_speed(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
+    fake = make_fake(tmp_path / "fake")
+    gates = ["--gate", "stability", "--concurrency", "2", "--vllm", str(fake)]
+    assert halfbyte(*words(place, done, *GENEROUS, *gates, on="cpu")) == 3
+    rows = {row["name"]: row for row in read(done / "gates.json")["gates"]}
+    assert rows["stability"]["status"] != "not measured"
+    assert read(done / "stability.json")["load"]["concurrency"] == 2
+    assert not (done / "bench.json").exists() and not (done / "model" / "benched").exists()
+    assert not list((done / "serving").rglob("c*-r*.json")), "runs of a bench that nobody asked for"
