@@ -72,21 +72,21 @@ class Measurement:
 
     key       what the result depends on beside the artifact, its text and its platforms; plain data
     make      the file's content; a HalfbyteError is a reason for `not measured`, not the end of the run
-    refuse    raises a HalfbyteError for what cannot be measured as it is asked; called before anything is made
     climbs    whether a rung of the mitigation ladder can mend what it shows, so that it is measured at every step
+    refuse    raises a HalfbyteError for what cannot be measured as it is asked; called before anything is made
     """
 
     name: str
     product: str
     key: Callable[[Subject], Mapping[str, Any]]
     make: Callable[[Subject], Mapping[str, Any]]
-    refuse: Callable[[Asked], None] = lambda _: None
     climbs: bool = False
+    refuse: Callable[[Asked], None] = lambda _: None
 
 
 MEASUREMENTS: list[Measurement] = [
-    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, quality.refuse_task_names, climbs=True),
-    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, climbs=True),
+    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, True, quality.refuse_task_names),
+    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, True),
     Measurement("bench", "bench.json", served_measurements.key, served_measurements.bench),
     Measurement("stability", "stability.json", served_measurements.key, served_measurements.stability),
 ]

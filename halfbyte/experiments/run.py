@@ -158,7 +158,7 @@ class _Run:
         here = {
             p.name: self.shop.command(chosen.recipe, p, ".") for p in self.shop.serving(chosen) if p.name in commands
         }
-        card = model_card(manifest, **card_results(self.out), commands=here)
+        card = model_card(manifest, **card_results(self.out, manifest["work"]), commands=here)
         write_text(self.artifact / "README.md", card)
         self.ground.clear()
         build_report(self.out)
@@ -279,12 +279,12 @@ class _Run:
         def make() -> None:
             found = self.ground.found(manifest["work"], row.product)
             result = read_json(found) if found.is_file() else dict(row.make(subject))
-            write_json(self.out / row.product, result)
+            write_json(self.out / row.product, {**result, "work": manifest["work"]})
 
-        self.stages.discard(row.name, row.product, manifest["work"])
+        self.stages.discard(row.product, manifest["work"])
         try:
             if row.product in self.asked:
-                self.stages.do(row.name, key, row.product, make, manifest["work"])
+                self.stages.do(row.name, key, row.product, make)
         except HalfbyteError as error:
             self.why[row.product] = str(error)
             self.progress.say(f"{row.product} was not measured: {error}")

@@ -32,6 +32,7 @@ from halfbyte.experiments.sweep_text import Given, SweepText
 from halfbyte.files import TEMPORARY, locked, portable, write_json
 from halfbyte.models import Checkpoint, hub_id, resolve_model
 from halfbyte.platforms import load_platform
+from halfbyte.report.sources import tells_of
 from halfbyte.report.sweep import build_sweep_report
 from halfbyte.types import Progress, Quiet
 
@@ -253,7 +254,7 @@ class _Sweep:
         """results/NAME.bench.json of cells that were benchmarked; one that tells of another artifact is left out."""
         found = {cell.name: kept(self.out / "results" / f"{cell.name}.bench.json") for cell in self.cells}
         works = {name: manifest["work"] for name, manifest in manifests.items()}
-        return {name: v for name, v in found.items() if v and v.get("work") in (None, works.get(name))}
+        return {name: v for name, v in found.items() if v and tells_of(v, works.get(name, ""))}
 
     def _write_state(
         self,

@@ -19,6 +19,7 @@ import halfbyte.experiments.measurements as measurements
 import halfbyte.experiments.served_measurements as served_measurements
 import halfbyte.serving.install as install
 from halfbyte.errors import HalfbyteError
+from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.measurements import Measurement, Subject
 from tests.tiny import make_tiny
 from tests.unit.artifacts import digests, halfbyte
@@ -283,6 +284,21 @@ def test_a_stated_gate_has_its_measurement_run(done: Path, place: Path, monkeypa
     assert halfbyte(*plain, "--set", "group_size=64") == 0
     assert not (done / "bench.json").exists(), "it told of another artifact"
     assert (done / "tasks.json").exists(), "no stage of this run made it"
+
+
+def test_a_bench_of_another_artifact_does_not_count(done: Path, place: Path, monkeypatch: Any, capsys: Any) -> None:
+    row, work = producer("bench", bench(1.7)), read(done / "model" / "halfbyte.json")["work"]
+    monkeypatch.setattr(measurements, "MEASUREMENTS", [row])
+    for name, kept in ((work, True), (None, True), ("another", False)):
+        (done / "bench.json").write_text(json.dumps({**bench(1.7), "work": name}))
+        assert halfbyte("report", done) == 0
+        told = "tells of another artifact and was left out" in (done / "report.md").read_text()
+        assert told != kept, name
+        assert ("bench" in card_results(done, work)) == kept
+        assert halfbyte(*words(place, done, *GENEROUS, on="h100")) == 0
+        assert (done / "bench.json").exists() == kept and not row.calls  # type: ignore[attr-defined]
+    assert halfbyte(*words(place, done, *GENEROUS, "--bench", on="h100")) == 0
+    assert len(row.calls) == 1 and read(done / "bench.json")["work"] == work  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_measured_is_told_and_does_not_pass(

@@ -159,6 +159,17 @@ def replace_request(found: Any, request: BenchRequest) -> Any:
     return replace(found, request=request)
 
 
+def test_a_bench_names_the_work_that_it_measured(
+    whole: Any, install: Any, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert bench_result(whole[0])["work"] is None, "a directory that halfbyte did not make"
+    made = Path(shutil.copytree(models[1], tmp_path / "made"))
+    (made / "halfbyte.json").write_text('{"work": "w"}')
+    found = measure(asked((models[0], made), 1, watch=Watch(1, tokens=8, prompts=1)), tmp_path / "out", install)
+    stable = stability_result(found)
+    assert stable is not None and bench_result(found)["work"] == stable["work"] == "w"
+
+
 def test_a_cell_may_be_called_as_the_sides_are(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
     blank = {"same_as": None, "work": "w"}
     rows = [{"name": name, "path": name, **blank} for name in ("baseline", "model", "B1")]
