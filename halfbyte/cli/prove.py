@@ -29,13 +29,13 @@ def check(
     """Structure, numbers, hashes; with --serve it really loads in vLLM and is scored over HTTP."""
     from halfbyte.artifact import check_artifact
     from halfbyte.cli.words import check_words
-    from halfbyte.files import make_directory, write_json
+    from halfbyte.files import make_directory, portable, write_json
     from halfbyte.serving import find_vllm
 
     if serve:
         find_vllm(vllm)
     with progress() as shown:
-        result = check_artifact(directory, shown)
+        result = {**check_artifact(directory, shown), "path": portable(directory)}
         served = _serve(directory, on, text, vllm, output, shown) if serve and result["ok"] else None
     if output:
         make_directory(output)

@@ -304,20 +304,13 @@ class _Run:
                 log_path=out / "vllm.log",
                 progress=self.progress,
             )
-            write_served(out, self._placeless(served))
+            write_served(out, served)
 
         before = read_json(out / SERVED) if (out / SERVED).is_file() else None
         if self.shop.has_vllm and before and before.get("status") != "served":
             self.stages.keys.pop("served", None)
         key = {**self._key(manifest), "windows": self.shop.windows.sha256}
         self.stages.do("served", {**key, "on": request.platforms[0], "vllm": request.vllm}, SERVED, serve)
-
-    def _placeless(self, served: dict[str, Any]) -> dict[str, Any]:
-        """A served result that says nothing of where the run and vLLM lie on this machine."""
-        names = {str(self.artifact): self.artifact.name}
-        command = [names.get(word, word) for word in served["command"]]
-        reason = served["reason"].replace(f"{self.out}/", "")
-        return {**served, "command": [*(Path(word).name for word in command[:1]), *command[1:]], "reason": reason}
 
     def _judge(self) -> None:
         evaluation, check, served, plan = (read_json(self.out / name) for name in (EVAL, CHECK, SERVED, PLAN))
