@@ -172,6 +172,12 @@ def command_for(request: BenchRequest, variant: Variant, install: VllmInstall) -
     )
 
 
+def context_limit(models: Sequence[Path]) -> int | None:
+    """The longest sequence that all of these take; None where none of them says."""
+    limits = [read_json(model / "config.json").get("max_position_embeddings") for model in models]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def _refuse(request: BenchRequest) -> None:
     names = [variant.name for variant in request.variants]
     if len(set(names)) < len(names):
@@ -180,8 +186,7 @@ def _refuse(request: BenchRequest) -> None:
         raise UsageError("one repeat gives no interval: ask for two or more (--repeats)")
     if not 1 <= request.turns <= request.repeats:
         raise UsageError(f"{request.turns} turns want as many repeats: ask for --repeats {max(2, request.turns)}")
-    limits = [read_json(v.directory / "config.json").get("max_position_embeddings") for v in request.variants]
-    limit = min((limit for limit in limits if limit), default=None)
+    limit = context_limit([variant.directory for variant in request.variants])
     if limit is not None and request.context > limit:
         raise UsageError(
             f"sequences of up to {request.context} tokens are asked for, and the model takes {limit}: "

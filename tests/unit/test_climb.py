@@ -14,6 +14,7 @@ import yaml
 
 import halfbyte.artifact.writer as writer
 import halfbyte.engine.loop as loop
+import halfbyte.evaluate.speed_machine as speed_machine
 import halfbyte.experiments.ground as ground
 import halfbyte.experiments.measurements as measurements
 import halfbyte.experiments.served_measurements as served_measurements
@@ -333,6 +334,7 @@ def test_memory_comes_from_the_plan(done: Path, place: Path, capsys: Any) -> Non
 def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
     """The registry's own rows, with a stand-in for vLLM: it scores nonsense, so that `served` rejects."""
     monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
+    monkeypatch.setattr(speed_machine, "device_name", lambda: "2 x NVIDIA H100 80GB HBM3")
     fake = make_fake(tmp_path / "fake")
     gates = ["--gate", "speed@1=-99%", "--gate", "speed@2=-99%", "--gate", "stability", "--gate", "memory@2=fits"]
     assert halfbyte(*words(place, done, *GENEROUS, *gates, "--vllm", str(fake), on="h100")) == 3
@@ -356,3 +358,18 @@ def test_a_gate_on_stability_alone_measures_no_speed(done: Path, place: Path, mo
     assert read(done / "stability.json")["load"]["concurrency"] == 2
     assert not (done / "bench.json").exists() and not (done / "model" / "benched").exists()
     assert not list((done / "serving").rglob("c*-r*.json")), "runs of a bench that nobody asked for"
+
+
+def test_speed_is_measured_on_the_platform_that_this_machine_is(
+    done: Path, place: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(speed_machine, "device_name", lambda: None)
+    monkeypatch.setattr(speed_machine, "NODES", {})
+    fake = make_fake(tmp_path / "fake")
+    gates = [*GENEROUS, "--gate", "speed@1=-99%", "--vllm", str(fake)]
+    assert halfbyte(*words(place, done, *gates, on="h100")) == 3
+    row = {row["name"]: row for row in read(done / "gates.json")["gates"]}["speed@1"]
+    assert row["status"] == "not measured" and "is not h100: measure there" in row["text"]
+    assert not (done / "model" / "benched").exists(), "figures of a CPU under the name of a GPU"
+    assert halfbyte(*words(place, done, *gates, "--on", "cpu", on="h100")) == 3
+    assert read(done / "bench.json")["platform"] == "cpu"
