@@ -52,18 +52,18 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
 
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.evaluate import compare_served
-    from halfbyte.experiments.quantize import load_tokenizer
+    from halfbyte.experiments.quantize import device_of, load_tokenizer
     from halfbyte.experiments.run import own_windows, windows_of
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer, device = load_tokenizer(directory), device_of(None)
     if text:
         windows = windows_of(text, tokenizer, 512, None, 20)
     else:
-        windows = own_windows(load_fake_quantized(directory), tokenizer, SERVED_SEED, shown)
+        windows = own_windows(load_fake_quantized(directory, device=device), tokenizer, SERVED_SEED, shown)
     with tempfile.TemporaryDirectory() as scratch:
         log = (output or Path(scratch)) / "vllm.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, progress=shown)
+        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, device=device, progress=shown)
 
 
 def evaluate(

@@ -26,12 +26,14 @@ def compare_served(
     platform: str = "cpu",
     vllm: str | None = None,
     log_path: Path | str,
+    device: str = "cpu",
     timeout: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Serve the artifact in `directory` with real vLLM, score `windows` there and in transformers, and compare.
 
     vllm        the user's --vllm (else HALFBYTE_VLLM, else found); log_path: where vLLM's own log goes.
+    device      where transformers scores, when vLLM has ended.
     Returns the content of served.json, which says nothing of where the artifact and vLLM lie. Without a vLLM, or when
     it does not start or refuses the artifact, status is "not served" and `reason` says why in one line; nothing is
     compared then.
@@ -65,7 +67,7 @@ def compare_served(
         return {**blank, "reason": reason, "vllm": install.version}
     from halfbyte.artifact import load_fake_quantized
 
-    reference = score_reference(load_fake_quantized(directory), windows, progress=progress)
+    reference = score_reference(load_fake_quantized(directory, device=device), windows, progress=progress)
     return judge({**blank, **found, "command": _placeless(found["command"], directory)}, reference["perplexity"])
 
 

@@ -302,6 +302,7 @@ class _Run:
                 platform=request.platforms[0],
                 vllm=request.vllm,
                 log_path=out / "vllm.log",
+                device=self.shop.device,
                 progress=self.progress,
             )
             write_served(out, served)

@@ -174,3 +174,10 @@ def test_text_is_cut_again(model: Path, tmp_path: Path) -> None:
         with pytest.raises(room.HalfbyteError, match=r"made of corpus\.txt"):
             reproduce(tmp_path / "out", model=str(model))
         assert reproduce(tmp_path / "out", model=str(model), calibration=[text])["result"] == "identical"
+
+
+def test_where_it_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {("cuda", "cuda:1"): "cuda:1", ("cpu", "cuda"): "cpu", ("cuda", "cpu"): "cpu", ("cpu", "cpu"): "cpu"}
+    for (here, told), expected in cases.items():
+        monkeypatch.setattr(room, "device_of", lambda _, here=here: here)
+        assert room._device({"device": told}) == expected
