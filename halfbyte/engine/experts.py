@@ -123,6 +123,11 @@ class ExpertInputs:
         for x, _, _, counts in self.kept:
             yield x[::step], counts[::step]
 
+    def forget(self) -> None:
+        """Let go of the inputs, when the last expert's statistics are made: what tokens there were stays known."""
+        assert self.tokens is not None
+        self.kept = []
+
     def notice(self, name: str) -> str:
         """One line about the experts of the module `name` that few tokens reached; empty where there are none."""
         if not self.starved:
