@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import halfbyte.engine.loop as loop_module
 from halfbyte.algo import Solved, Stats, dequantize
 from halfbyte.engine import BlockResult, Job, Skeleton, quantize_blocks, work_id
 from halfbyte.engine.importance import Importance, first_token
-from halfbyte.engine.loop import HEAD, make_batches
+from halfbyte.engine.loop import HEAD, make_batches, sample
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import FAMILIES as ARCHITECTURES
 from halfbyte.models import Checkpoint, Fold, family_of
@@ -151,6 +152,37 @@ def test_batches_hold_every_token_once_within_the_budget() -> None:
         rows += [row[m].tolist() for row, m in zip(ids, mask)]
     assert sorted(rows) == sorted(s.tolist() for s in given)
     assert len(make_batches([torch.ones(500, dtype=torch.int64)], 90)) == 1
+
+
+@pytest.mark.parametrize(("count", "tokens", "expected"), [(128, 16384, 32), (10, 16384, 10), (3, 5, 1), (7, 1800, 3)])
+def test_a_sample_is_evenly_spread(count: int, tokens: int, expected: int) -> None:
+    whole = [torch.full((512,), i) for i in range(count)]
+    chosen = [int(one[0]) for one in sample(whole, tokens)]
+    assert len(chosen) == expected == len(set(chosen)) and chosen[0] == 0
+    gaps = {b - a for a, b in pairwise(chosen)}
+    assert not gaps or max(gaps) - min(gaps) <= 1, "neighbours are not evenly far apart"
+
+
+def test_the_fast_tier_looks_at_a_sample_and_takes_no_gradients(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, data = Checkpoint(model_of("llama")), sequences() * 4
+    seen: list[int] = []
+    monkeypatch.setattr(loop_module, "SAMPLE_TOKENS", 150)
+    real = loop_module.make_batches
+    monkeypatch.setattr(
+        loop_module, "make_batches", lambda some, budget: seen.append(sum(map(len, some))) or real(some, budget)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "first_token", None)
+        (fast,) = collect(checkpoint, recipe(method="gptq", effort="fast"), data=data)
+    assert len(seen) == 1 and 80 <= seen[0] <= 150 and set(fast) == set(range(3))
+    collect(checkpoint, recipe(method="gptq"), data=data)
+    collect(checkpoint, recipe(method="rtn"), data=data)
+    collect(checkpoint, recipe(method="nvfp4", group_size=16, activations="fp4", effort="fast"), data=data)
+    assert seen[1:] == [sum(map(len, data))] * 3, "where a sample would show, all is looked at"
+    with pytest.raises(HalfbyteError, match="they share no pass"):
+        collect(checkpoint, recipe(method="gptq", effort="fast"), recipe(method="gptq"), data=data)
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -217,17 +217,24 @@ def test_work_is_shared(go: Any, model: Path, tmp_path: Path, monkeypatch: pytes
 def test_other_statistics_get_a_pass_of_their_own(
     go: Any, model: Path, data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round-to-nearest cell and one that propagates have the bytes that they have alone, among others too."""
+    """Round to nearest, propagation and the fast tier have the bytes that they have alone, among other cells too."""
     passed = count(monkeypatch, passes, "quantize_blocks")
     cells = {
         "B3": None,
         "rtn": {"method": "rtn", "group_size": 32},
         "on": {"extends": "B3", "propagate": True},
         "less": {"extends": "B3", "ignore": ["lm_head", "re:.*down_proj"]},
+        "fast": {"extends": "B3", "effort": "fast"},
     }
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 1000)
     result = go(tmp_path / "out", {"cells": cells})
-    assert {row["status"] for row in result["cells"]} == {"judged"} and len(passed) == 2
-    for name, words in (("rtn", {"method": "rtn", "group_size": 32}), ("on", {**B3, "propagate": True})):
+    assert {row["status"] for row in result["cells"]} == {"judged"} and len(passed) == 3
+    alone = {
+        "rtn": {"method": "rtn", "group_size": 32},
+        "on": {**B3, "propagate": True},
+        "fast": {**B3, "effort": "fast"},
+    }
+    for name, words in alone.items():
         quantize(str(model), load_recipe("B3").model_validate(words), tmp_path / name, data, device="cpu")
         assert digests(tmp_path / "out" / "cells" / name) == digests(tmp_path / name), name
 
