@@ -18,12 +18,11 @@ import halfbyte.evaluate.speed_machine as speed_machine
 import halfbyte.experiments.ground as ground
 import halfbyte.experiments.measurements as measurements
 import halfbyte.experiments.served_measurements as served_measurements
-import halfbyte.serving.install as install
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.measurements import Measurement, Subject
 from tests.tiny import make_tiny
-from tests.unit.artifacts import digests, halfbyte
+from tests.unit.artifacts import digests, halfbyte, without_vllm
 from tests.unit.fake_vllm import make_fake
 from tests.unit.forked import SHARD_BYTES, run_forked
 
@@ -47,10 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No vLLM anywhere; one cache for this file."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "climb-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", "/nowhere")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "climb-cache")
 
 
 def words(place: Path, out: Path, *more: str, on: str = "cpu") -> list[str]:
@@ -92,9 +88,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
     count = [0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "climb-cache"))
-        patch.setenv("PATH", "/nowhere")
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch, tmp_path_factory.getbasetemp() / "climb-cache")
         patch.setattr(loop, "solve_block", counting)
         patch.setattr(ground, "quantize", quantize)
         code = halfbyte(*words(place, out, *QUALITY, "--gate", "kl=0.000001", "--budget", "12"))
@@ -155,8 +149,7 @@ def counted(whole: dict[str, Any], place: Path, tmp_path_factory: pytest.TempPat
 
     gate = limit_of(whole, "group")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", "/nowhere")
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch)
         patch.setattr(writer, "SHARD_BYTES", SHARD_BYTES)
         patch.setattr(os, "replace", counting)
         code = halfbyte(*words(place, out, *QUALITY, "--gate", gate))

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-import halfbyte.serving.install as install
 from halfbyte.evaluate import text_windows
 from halfbyte.experiments import quality_measurements as quality
 from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.experiments.workshop import CALIBRATION_SHARE
 from tests.tiny import make_tiny
-from tests.unit.artifacts import halfbyte
+from tests.unit.artifacts import halfbyte, without_vllm
 
 GENEROUS = ["--gate", "ppl=+100000%", "--gate", "top1=0%"]
 
@@ -40,9 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "producers-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "producers-cache")
 
 
 def rows_of(place: Path, out: Path, *more: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import halfbyte.serving.install as install
 from halfbyte import Recipe, quantize
 from halfbyte.artifact import read_manifest
 from halfbyte.calibration import CalibrationSet
@@ -19,7 +18,7 @@ from halfbyte.experiments import reproduce as room
 from halfbyte.experiments.reproduce import reproduce
 from halfbyte.experiments.tokens import find_tokens
 from tests.tiny import make_tiny
-from tests.unit.artifacts import digests, edit_json, halfbyte, random_set
+from tests.unit.artifacts import digests, edit_json, halfbyte, random_set, without_vllm
 
 GPTQ = {"method": "gptq", "group_size": 32}
 
@@ -27,10 +26,7 @@ GPTQ = {"method": "gptq", "group_size": 32}
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One cache for this file, and no vLLM, whose version takes seconds to find."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "reproduce-cache"))
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", str(tmp_path_factory.getbasetemp()))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "reproduce-cache")
 
 
 @pytest.fixture(scope="module")

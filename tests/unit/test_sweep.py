@@ -19,7 +19,6 @@ import halfbyte.engine.loop as loop
 import halfbyte.experiments.judging as judging
 import halfbyte.experiments.passes as passes
 import halfbyte.experiments.sweep as module
-import halfbyte.serving.install as install
 from halfbyte.artifact import check_artifact, load_fake_quantized
 from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError, UsageError
@@ -33,7 +32,7 @@ from halfbyte.models import Checkpoint, family_of
 from halfbyte.recipe import load_recipe
 from halfbyte.report import build_report
 from tests.tiny import VOCAB, make_tiny
-from tests.unit.artifacts import digests, halfbyte, random_set
+from tests.unit.artifacts import digests, halfbyte, random_set, without_vllm
 from tests.unit.forked import run_forked
 from tests.unit.test_report import Page
 
@@ -45,10 +44,7 @@ PORTABLE = {"extends": "portable"}
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No vLLM anywhere; one cache for this file."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "sweep-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", "/nowhere")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "sweep-cache")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +79,7 @@ def done(go: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     """The strategy's matrix, whole. Not to be changed."""
     out = tmp_path_factory.mktemp("strategy") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch)
         return out, go(out, "strategy", platforms=["h100", "mi325x"])
 
 
