@@ -73,7 +73,7 @@ def solve_block(
     todo = [g for g in groups if prefix + g.names[0] in schemes]
     result = BlockResult()
     weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
-    group_stats = {g.key: stats.get(g.key) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
+    group_stats = {g.key: stats.get(g.key) or _no_stats(weights[g.names[0]]) for g in todo}
     for group in todo:
         _refuse_broken(prefix, group, weights, group_stats[group.key])
     scaled: set[str] = set()
@@ -94,6 +94,10 @@ def solve_block(
         for name, one in zip(group.names, solved):
             result.linears[prefix + name] = _with_input_scale(recipe, one, here)
     return result
+
+
+def _no_stats(weight_OI: torch.Tensor) -> Stats:
+    return Stats.uniform(weight_OI.shape[1], weight_OI.device)
 
 
 def _called(group: LinearGroup) -> str:

@@ -269,7 +269,7 @@ class _Pass:
             return
         name = self.family.lm_head
         weight = self.checkpoint.load(f"{name}.weight").to(self.skeleton.device)
-        stats = Stats.uniform(weight.shape[1])
+        stats = Stats.uniform(weight.shape[1], weight.device)
         if activations is not None:
             collector = Collector(weight.shape[1], self.gram, self.skeleton.device)
             for x, keep in zip(*activations):

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -387,31 +386,3 @@ def test_knobs_of_the_platforms_are_for_formats_that_load() -> None:
         assert platform.tune
         for knob in platform.tune:
             assert knob.flag.startswith("--") and set(knob.formats) <= {key.split("/")[0] for key in platform.formats}
-
-
-def test_the_gpu_script_asks_for_every_kernel_that_the_platform_names(tmp_path: Path) -> None:
-    import argparse
-    import importlib.util
-
-    from halfbyte.cli.bench import _config
-
-    file = Path(__file__).parents[2] / "benchmarks" / "gpu" / "serving.py"
-    spec = importlib.util.spec_from_file_location("gpu_serving", file)
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    args = argparse.Namespace(levels="1,16", repeats=3, prefill=2048, requests=None, vllm=None)
-    h100 = load_platform("h100")
-    words = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "gptq", "0.32.0")]
-    configs = dict(_config(value) for flag, value in pairwise(words) if flag == "--config")
-    assert configs["linear-backend-marlin"] == ("--linear-backend", "marlin")
-    assert configs["kv-cache-dtype-auto"] == ("--kv-cache-dtype", "auto")
-    old = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "modelopt", "0.26.0")]
-    assert "linear-backend-humming: --linear-backend humming" in old and not any("machete" in word for word in old)
-
-    row = {"kernel": "BF16", "format": "bf16", "seconds": {"1": 1.0, "4": 2.0}}
-    for name, seconds in (("a", {"1": 0.5, "4": 1.0}), ("b", {"4": 1.5})):
-        table = {"device": "cpu", "rows": [row, {"kernel": name, "format": "gptq", "seconds": seconds}]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(table))
-    rows = script.merged([tmp_path / "a.json", tmp_path / "b.json"])["rows"]
-    assert [(r["kernel"], r["seconds"]) for r in rows] == [("BF16", {"4": 2.0}), ("a", {"4": 1.0}), ("b", {"4": 1.5})]
