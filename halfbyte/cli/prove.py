@@ -9,7 +9,7 @@ import typer
 
 from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Data, Device, Limit, Style, Text
+from halfbyte.cli.make import Data, Device, Style, Text
 
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory.")]
 SERVED_SEED = 7
@@ -18,7 +18,7 @@ SERVED_SEED = 7
 def check(
     directory: Artifact,
     serve: Annotated[bool, typer.Option("--serve", help="Load it in real vLLM and compare what it computes.")] = False,
-    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")] = "cpu",
+    on: asked.On = None,
     text: Text = None,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     output: Annotated[
@@ -52,10 +52,11 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
 
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.evaluate import compare_served
+    from halfbyte.evaluate.speed_machine import platform_here
     from halfbyte.experiments.quantize import device_of, load_tokenizer
     from halfbyte.experiments.run import own_windows, windows_of
 
-    tokenizer, device = load_tokenizer(directory), device_of(None)
+    tokenizer, device, on = load_tokenizer(directory), device_of(None), on or platform_here()
     if text:
         windows = windows_of(text, tokenizer, 512, None, 20)
     else:
@@ -94,7 +95,9 @@ def evaluate(
     device: Device = None,
     task: asked.Task = None,
     data: Data = None,
-    limit: Limit = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Items of a task, questions of a file.")
+    ] = None,
     chat_template: asked.ChatTemplate = False,
     qa: asked.Qa = None,
     qa_metric: asked.Metric = "f1",
@@ -105,7 +108,7 @@ def evaluate(
     long_context: asked.LongContext = False,
     samples: asked.Samples = 4,
     backend: asked.BackendOption = asked.Backend.hf,
-    on: asked.On = "cpu",
+    on: asked.On = None,
     vllm: asked.Vllm = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the results here.")

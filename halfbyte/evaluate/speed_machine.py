@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from halfbyte.platforms import Platform
+from halfbyte.platforms import Platform, list_platforms, load_platform
 from halfbyte.serving.bench_memory import device_name
 
 NODES = {"NVIDIA": "/dev/nvidiactl", "AMD": "/dev/kfd"}
@@ -31,6 +31,12 @@ def nearness(platform: Platform) -> int:
     if not platform.device or platform.device in named:
         return 2
     return int(platform.maker in named)
+
+
+def platform_here() -> str:
+    """The platform of ours that this machine is by its GPU's name; cpu where it is none of them."""
+    named = [name for name in list_platforms() if load_platform(name).capabilities.accelerator]
+    return next((name for name in named if nearness(load_platform(name)) == 2), "cpu")
 
 
 def _processor() -> str:

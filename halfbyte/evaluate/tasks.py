@@ -80,6 +80,11 @@ def compare_tasks(
     return [_compared(name, first, second, pair.tokenizer, seed) for name, (first, second) in found.items()]
 
 
+def task_words(text: str) -> list[str]:
+    """Names and files of tasks from the words of a user, which commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def with_named(tasks: Sequence[str], names: Sequence[str], data: Path | None = None) -> list[str]:
     """`tasks` as for `evaluate_tasks`, and those of `names` that they do not hold."""
     from halfbyte.evaluate.harness import task_names

@@ -10,7 +10,7 @@ from halfbyte.artifact import load_fake_quantized
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.long_context import LONGEST, SHORTEST, evaluate_long_context
 from halfbyte.evaluate.pair import Pair, Serving
-from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks, refuse_tasks, with_named
+from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks, refuse_tasks, task_words, with_named
 from halfbyte.evaluate.windows import text_windows
 from halfbyte.experiments.mitigation import KV_FLAG
 from halfbyte.experiments.quantize import load_model, load_tokenizer
@@ -26,7 +26,7 @@ FP8 = "fp8"
 def task_names(asked: Asked) -> list[str]:
     """What --tasks names (names, YAML files, with commas between; by themselves the default set), and the tasks that
     gates name; these alone where nothing else is said."""
-    said = [word.strip() for word in asked.options.get("tasks", "").split(",") if word.strip()]
+    said = task_words(asked.options.get("tasks", ""))
     named = asked.arguments("task")
     return with_named(said, named, asked.data) if said else named or [DEFAULT]
 

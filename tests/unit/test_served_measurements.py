@@ -44,6 +44,15 @@ def test_which_of_the_platforms_is_here(
 
 
 @pytest.mark.parametrize(
+    ("device", "here"),
+    [(None, "cpu"), ("NVIDIA H100 80GB HBM3", "h100"), ("8 x AMD Instinct MI325X", "mi325x"), ("NVIDIA A100", "cpu")],
+)
+def test_the_platform_that_this_machine_is(monkeypatch: Any, device: str | None, here: str) -> None:
+    monkeypatch.setattr(speed_machine, "device_name", lambda: device)
+    assert speed_machine.platform_here() == here
+
+
+@pytest.mark.parametrize(
     ("limit", "context", "expected"),
     [
         (None, None, (128, 512)),

@@ -86,12 +86,12 @@ def test_check_writes_its_result(made: Path, tmp_path: Path, as_json: Any) -> No
     assert written["ok"] and result == {**written, "served": None} and written["path"] == made.name
 
 
-def test_what_check_writes_names_no_place(made: Path, tmp_path: Path, as_json: Any) -> None:
+def test_what_check_writes_names_no_place(artifact: Path, tmp_path: Path, as_json: Any) -> None:
     """A stand-in for vLLM, which scores nonsense."""
     fake, out = make_fake(tmp_path / "fake"), tmp_path / "out"
-    as_json("check", made, "--serve", "--vllm", fake, "-o", out, code=1)
+    as_json("check", artifact, "--serve", "--vllm", fake, "-o", out, code=1)
     served = json.loads((out / "served.json").read_text())
     assert served["status"] == "served" and served["vllm"] == VERSION
-    assert served["command"][:3] == ["vllm", "serve", made.name]
+    assert served["command"][:3] == ["vllm", "serve", artifact.name]
     for name in ("check.json", "served.json"):
-        assert str(tmp_path) not in (out / name).read_text() and str(made.parent) not in (out / name).read_text()
+        assert str(tmp_path) not in (out / name).read_text() and str(artifact.parent) not in (out / name).read_text()
