@@ -43,6 +43,11 @@ Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How re
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items of a task.")]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
 
@@ -184,10 +189,20 @@ def run(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", metavar="NAMES", help="Measure tasks: `default`, or names separated by commas."),
+        typer.Option(
+            "--tasks",
+            "--task",
+            metavar="NAMES",
+            help="Measure tasks: `default`, or names and files as eval takes them, separated by commas.",
+        ),
     ] = None,
+    data: Data = None,
+    limit: Limit = None,
     long_context: Annotated[bool, typer.Option("--long-context", help="Measure the drift on long context.")] = False,
-    bench: Annotated[bool, typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM.")] = False,
+    bench: Annotated[
+        bool,
+        typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM, at --concurrency and what gates name."),
+    ] = False,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     context: Context = None,
     concurrency: Concurrency = None,
@@ -219,6 +234,8 @@ def run(
         mitigate=mitigate,
         budget=budget,
         measure=measure,
+        data=data,
+        limit=limit,
     )
     with progress() as shown:
         result = do(request, shown)
