@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
             for text, table in zip(texts, tables):
                 for row in score_rows(table, source, text, candidates, arguments.windows):
                     kept.add(table, row)
-                shown.append({**table, "rows": [row for c in candidates if (row := row_of(table, c.name))]})
+                shown.append({**table, "rows": [found for c in candidates if (found := row_of(table, c.name))]})
     for table in shown:
         print(render(table, arguments.windows))
 
