@@ -57,10 +57,8 @@ from halfbyte.recipe import Recipe
 DEFAULT = (
     "method=rtn,group_size=64",
     "method=gptq,group_size=64",
-    "method=gptq,group_size=64,scaling=awq",
     "method=awq,group_size=64",
     "method=nvfp4,group_size=16",
-    "method=nvfp4,group_size=16,scaling=awq",
     "method=nvfp4,group_size=64",
 )
 
