@@ -8,10 +8,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,8 @@ from safetensors.torch import save_file
 
 from halfbyte.errors import HalfbyteError
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 TEMPORARY = ".tmp"
 LOCK_ATTEMPTS = 5
 
@@ -91,6 +94,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         temporary.chmod(mode)  # save_file leaves 0600, whatever the umask
 
     write_atomically(path, write)
+
+
+def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """`work` of each item, in their order, by as many threads as there are cores: for hashing, which lets go of the
+    interpreter."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, items))
 
 
 def portable(place: str | Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte.algo import dequantize, get_grid, rtn
+from halfbyte.algo import get_grid, rtn
 from halfbyte.artifact.fingerprint import weight_fingerprint
 from halfbyte.formats import get_format
 from halfbyte.models import family_of, hash_file
@@ -105,7 +105,7 @@ def seal(directory: Path, schemes: dict[str, Scheme | None], done: dict[str, Qua
         stated = None if scheme is None else {"grid": scheme.grid, "group_size": scheme.group_size}
         linears[name] = {"scheme": stated}
         if name in done:
-            linears[name]["fingerprint"] = weight_fingerprint(dequantize(done[name]))
+            linears[name]["fingerprint"] = weight_fingerprint(done[name])
     write(directory / "halfbyte.json", {"linears": linears, "files": file_entries(directory)})
 
 

@@ -5,7 +5,7 @@ from halfbyte.algo.gptq import Factor, factorize, gptq
 from halfbyte.algo.grid import Grid, Scales, dequantize, get_grid
 from halfbyte.algo.rtn import rtn
 from halfbyte.algo.solve import Options, Solved, relative_error, solve_group
-from halfbyte.algo.stats import Stats, output_error
+from halfbyte.algo.stats import Stats, output_error, product
 
 __all__ = [
     "Factor",
@@ -20,6 +20,7 @@ __all__ = [
     "get_grid",
     "gptq",
     "output_error",
+    "product",
     "relative_error",
     "rtn",
     "solve_group",

@@ -68,5 +68,12 @@ class QuickError:
         if self.rest_II is None:
             return own
         e = E_OI.bfloat16()
-        product = torch.mm(e, self.rest_II, out_dtype=torch.float32) if e.is_cuda else e @ self.rest_II
-        return own.add_((product * E_OI).sum(1))
+        through = product(e, self.rest_II) if e.is_cuda else e @ self.rest_II
+        return own.add_((through * E_OI).sum(1))
+
+
+def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """A B in float32, with float32 sums, of bfloat16 or float16 matrices: exact but for their order."""
+    if A.is_cuda and A.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(A, B, out_dtype=torch.float32)
+    return A.float() @ B.float()

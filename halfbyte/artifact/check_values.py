@@ -109,7 +109,7 @@ def _dequantized(
         return
     if not bool(torch.isfinite(weight).all()):
         findings.add("not-finite", module, "the dequantized weight holds NaN or infinity")
-    if entry.get("fingerprint") and weight_fingerprint(weight) != entry["fingerprint"]:
+    if entry.get("fingerprint") and weight_fingerprint(q) != entry["fingerprint"]:
         findings.add("dequantize", module, "the weight does not dequantize to what the quantizer chose")
     if isinstance(was, dict) and q.grid == "nvfp4" and not _shares_blocks(q, was.get("group_size")):
         findings.add("sharing", module, f"blocks of one group of {was['group_size']} have different scales")

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from halfbyte.formats.bits import pack_bytes
+from halfbyte.types import NVFP4_BLOCK, QuantizedLinear
+
 SEAL = "seal"
 
 
-def weight_fingerprint(weight: torch.Tensor) -> str:
-    """SHA-256, in hex, of a weight's float32 values in row-major order (any device, any floating dtype)."""
-    values = weight.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().data).hexdigest()
+def weight_fingerprint(q: QuantizedLinear) -> str:
+    """SHA-256, in hex, of what a linear's values follow from: grid, shape, codes, scales, zeros, global scale.
+
+    The same for every format that holds it and for any device; blocks of NVFP4 that share a scale count one by one,
+    as files hold them.
+    """
+    group = min(q.group_size, NVFP4_BLOCK) if q.grid == "nvfp4" else q.group_size
+    scales = q.scales.repeat_interleave(q.group_size // group, 1)
+    outer = struct.pack("<f", 0.0 if q.global_scale is None else q.global_scale).hex()
+    digest = hashlib.sha256(f"{q.grid} {list(q.codes.shape)} {group} {outer} ".encode())
+    codes = pack_bytes(q.codes) if q.in_features % 2 == 0 else q.codes
+    for part in (codes, scales.float(), q.zeros):
+        if part is not None:
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

@@ -19,13 +19,14 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from halfbyte.algo import Solved, dequantize
+from halfbyte.algo import Solved
 from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
 from halfbyte.artifact.fingerprint import sealed, tensor_digest, weight_fingerprint
 from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import (
     TEMPORARY,
+    in_threads,
     link_or_copy,
     make_directory,
     write_atomically,
@@ -118,7 +119,7 @@ class ArtifactWriter:
                 "scheme": {"grid": solved.q.grid, "group_size": solved.q.group_size},
                 "error": {"relative": solved.relative_error},
                 "damp": solved.damp,
-                "fingerprint": weight_fingerprint(dequantize(solved.q)),
+                "fingerprint": weight_fingerprint(solved.q),
             }
         told = {"linears": report, "seconds": seconds, "notices": list(notices), "experts": experts or {}}
         note = json.dumps(told, sort_keys=True)
@@ -172,7 +173,7 @@ class ArtifactWriter:
                 break
             for name in told["linears"]:
                 old |= self.format.pack(name, linears[name])
-                told["linears"][name] |= {"fingerprint": weight_fingerprint(dequantize(linears[name])), "tuned": True}
+                told["linears"][name] |= {"fingerprint": weight_fingerprint(linears[name]), "tuned": True}
             prefix = f"model.layers.{int(file.stem.removeprefix('block-'))}."
             old |= {n: left.pop(n).cpu() for n in list(left) if n.startswith(prefix)}
             write_tensors(aside / file.name, old, {"halfbyte": json.dumps(told, sort_keys=True)})
@@ -276,7 +277,8 @@ class ArtifactWriter:
                     tensors |= {p[0]: handle.get_tensor(p[0]) for p in pieces if p[2] == file}
             write_tensors(self.directory / name, {p[0]: tensors[p[0]] for p in pieces})
             places |= {p[0]: name for p in pieces}
-            digests |= {p[0]: tensor_digest(tensors[p[0]]) for p in pieces}
+            names = [p[0] for p in pieces]
+            digests |= zip(names, in_threads(tensor_digest, [tensors[n] for n in names]))
         if len(shards) > 1:
             total = sum(p[1] for pieces in shards for p in pieces)
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
@@ -306,7 +308,7 @@ class ArtifactWriter:
         skip = {MANIFEST, "README.md"}
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
-        return {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+        return {p.name: {"sha256": h, "bytes": p.stat().st_size} for p, h in zip(files, in_threads(hash_file, files))}
 
 
 def _dense(checkpoint: Checkpoint) -> dict[str, Any]:

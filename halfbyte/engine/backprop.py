@@ -30,16 +30,20 @@ class Tape:
     def __init__(self, skeleton: Skeleton, ids: torch.Tensor, load: Loader | None = None, keep: bool = True):
         """Run tokens (int64 [B, T]) forward. `load` gives block i ready to run (default: the checkpoint's); without
         `keep` the output alone is kept, and there is no way back."""
-        self.skeleton, self.load = skeleton, load or skeleton.load_block
+        self.skeleton, self.load = skeleton, load
         (first,), arguments = skeleton.embed([ids])
         self.arguments = arguments[tuple(ids.shape)]
         self.kept = [first]
         with torch.no_grad():
             for index in range(len(skeleton.blocks)):
-                block = self.load(index)
+                block = self._block(index, index + 1)
                 out = call(block, self.kept[-1], self.arguments[index])
                 self.kept = [*self.kept, out] if keep else [out]
                 skeleton.drop_block(index)
+
+    def _block(self, index: int, then: int) -> nn.Module:
+        """Block `index` ready to run; `then` is the next."""
+        return self.load(index) if self.load else self.skeleton.load_block(index, then=then)
 
     @property
     def output(self) -> torch.Tensor:
@@ -69,7 +73,7 @@ class Tape:
         """Carry a gradient by the last block's output [B, T, D] down through the blocks. `watch` is a context around
         each block's forward and backward, in which hooks stand and parameters may ask for gradients."""
         for index in reversed(range(len(self.skeleton.blocks))):
-            block = self.load(index)
+            block = self._block(index, index - 1)
             with (watch or _nothing)(index, block), torch.enable_grad():
                 x = self.kept[index].detach().requires_grad_()
                 call(block, x, self.arguments[index]).backward(gradient)

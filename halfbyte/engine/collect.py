@@ -1,9 +1,11 @@
 """Statistics of a block's linear inputs, summed over batches while the block runs.
 
 One Gram matrix per group of linears that share an input. On a GPU the product of bfloat16 inputs is taken with a
-float32 output, so it is exact but for the order of summation. On a CPU the fast bfloat16 product rounds its output:
-it is taken over `CHUNK` tokens at a time and summed in float32, which leaves a relative error of about 1e-4 an entry,
-and the diagonal, which orders columns and weighs scales, is computed apart in float32.
+float32 output, so it is exact but for the order of summation, and the diagonal is the second moment. It is symmetric:
+only the panels on and above the diagonal are computed (5/8 of it with four panels, 9/16 with eight). On a CPU the fast
+bfloat16 product rounds its output: it is taken over `CHUNK` tokens at a time and summed in float32, which leaves a
+relative error of about 1e-4 an entry, and the diagonal, which orders columns and weighs scales, is computed apart in
+float32.
 
 A token counts as often as `importance` says; its input is multiplied by the root of that, so that the sum stays
 positive semidefinite. The output of an expert that every token goes through is scaled by its gate, and so a token
@@ -18,12 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.algo import Stats
+from halfbyte.algo import Stats, product
 from halfbyte.models import Mixture
 from halfbyte.types import LinearGroup
 
 CHUNK = 1024
 """Tokens of one bfloat16 product on a CPU."""
+PANELS, NARROWEST = 8, 1024
+"""A Gram matrix on a GPU is computed in at most so many panels, none narrower: products must stay large."""
 LEAST = 1e-12
 """A sum of weights below this is that of no token."""
 
@@ -32,8 +36,9 @@ class Collector:
     """Running sums for one group. `gram` False collects the diagonal alone."""
 
     def __init__(self, width: int, gram: bool, device: torch.device):
-        self.moment = torch.zeros(width, device=device)
         self.gram = torch.zeros(width, width, device=device) if gram else None
+        self.panels = panels(width) if gram and device.type == "cuda" else []
+        self.moment = None if self.panels else torch.zeros(width, device=device)
         self.absmax = torch.zeros((), device=device)
         self.tokens = 0
         self.weight = torch.zeros((), device=device)
@@ -41,31 +46,58 @@ class Collector:
     def add(self, X_TI: torch.Tensor, weight_T: torch.Tensor | None = None) -> None:
         """Take in the inputs of T tokens; each counts `weight_T` (float32 [T]) times, or once."""
         self.tokens += len(X_TI)
-        self.absmax = torch.maximum(self.absmax, X_TI.abs().max().float())
-        if weight_T is None:
-            self.weight += len(X_TI)
-            self.moment += X_TI.float().square_().sum(0)
-        else:
-            self.weight += weight_T.sum()
-            self.moment += X_TI.float().square_().mul_(weight_T[:, None]).sum(0)
-            X_TI = X_TI * weight_T.sqrt().to(X_TI.dtype)[:, None]
+        low, high = X_TI.aminmax()
+        self.absmax = torch.maximum(self.absmax, torch.maximum(-low, high).float())
+        self.weight += len(X_TI) if weight_T is None else weight_T.sum()
+        if self.moment is not None:
+            square = X_TI.float().square_()
+            self.moment += (square if weight_T is None else square.mul_(weight_T[:, None])).sum(0)
         if self.gram is None:
             return
-        if X_TI.is_cuda:
-            self.gram += torch.mm(X_TI.T, X_TI, out_dtype=torch.float32)
+        if weight_T is not None:
+            X_TI = X_TI * weight_T.sqrt().to(X_TI.dtype)[:, None]
+        if self.panels:
+            add_upper_gram_(self.gram, X_TI, self.panels)
             return
         for chunk in X_TI.split(CHUNK):
             self.gram += chunk.T @ chunk
 
     def stats(self) -> Stats:
-        """Weighted means over the tokens seen, the Gram matrix symmetric with the exact diagonal."""
+        """Weighted means over the tokens seen, the Gram matrix symmetric with the exact diagonal. Uses the sums up."""
         n = self.weight.clamp_min(LEAST)
-        moment = self.moment / n
-        gram = None
-        if self.gram is not None:
-            gram = (self.gram + self.gram.T).div_(2 * n)
-            gram.diagonal().copy_(moment)
-        return Stats(moment, gram, float(self.absmax), self.tokens)
+        gram, moment = self.gram, self.moment
+        self.gram = self.moment = None
+        if gram is None:
+            assert moment is not None
+            return Stats(moment / n, None, float(self.absmax), self.tokens)
+        if moment is None:
+            mirror_upper_(gram, self.panels).div_(n)
+            return Stats(gram.diagonal().clone(), gram, float(self.absmax), self.tokens)
+        gram = (gram + gram.T).div_(2 * n)
+        gram.diagonal().copy_(moment / n)
+        return Stats(moment / n, gram, float(self.absmax), self.tokens)
+
+
+def panels(width: int) -> list[slice]:
+    """`width` rows in panels of one size, but for the last."""
+    step = max(NARROWEST, -(-width // PANELS))
+    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
+
+
+def add_upper_gram_(gram_II: torch.Tensor, X_TI: torch.Tensor, rows: list[slice]) -> None:
+    """gram += X^T X in the panels `rows` from their diagonal on, with float32 sums; what is below is left alone."""
+    for panel in rows:
+        gram_II[panel, panel.start :] += product(X_TI[:, panel].T, X_TI[:, panel.start :])
+
+
+def mirror_upper_(gram_II: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+    """Make the matrix symmetric from its panels `rows` on and above the diagonal; within a panel's own square the two
+    halves are averaged."""
+    for panel in rows:
+        square = gram_II[panel, panel]
+        square.copy_((square + square.T) / 2)
+        gram_II[panel.stop :, panel] = gram_II[panel, panel.stop :].T
+    return gram_II
 
 
 class Collectors:

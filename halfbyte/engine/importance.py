@@ -35,7 +35,7 @@ from halfbyte.models import Family
 from halfbyte.types import LinearGroup, Progress, Quiet
 
 SEQUENCES, TOKENS, BATCH = 8, 512, 4
-"""For the first token: so many sequences, cut to so many tokens, so many at a time."""
+"""For the first token: so many sequences, cut to so many tokens; so many at a time where their lengths differ."""
 LEAST = 32
 """A sequence shorter than this says nothing about its first token."""
 SINK = 16.0
@@ -61,17 +61,19 @@ class Importance:
     first: Mapping[Key, float] = field(default_factory=dict)
     tokens: Mapping[Key, Sequence[torch.Tensor]] = field(default_factory=dict)
 
-    def weights(self, key: Key, batch: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """How often each token of a batch [B, T] counts: float32 [B, T]."""
+    def weights(self, key: Key, batch: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+        """How often each token of a batch [B, T] counts: float32 [B, T] on `device`."""
         if key in self.tokens:
-            return self.tokens[key][batch]
-        weights = torch.ones(shape)
+            return self.tokens[key][batch].to(device)
+        weights = torch.ones(shape, device=device)
         weights[:, 0] = self.first.get(key, SINK)
         return weights
 
-    def of_group(self, index: int, group: LinearGroup, batch: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def of_group(
+        self, index: int, group: LinearGroup, batch: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """The same for a group of block `index`, by what the gradient of its outputs was taken at."""
-        return self.weights((index, EXPERTS if group.owner else group.key), batch, shape)
+        return self.weights((index, EXPERTS if group.owner else group.key), batch, shape, device)
 
 
 def first_token(
@@ -82,7 +84,7 @@ def first_token(
     progress = progress or Quiet()
     long = [s[:TOKENS] for s in sequences if len(s) >= LEAST]
     chosen = long[:: max(1, len(long) // SEQUENCES)][:SEQUENCES]
-    batches = list(equal_lengths(chosen, BATCH))
+    batches = list(equal_lengths(chosen, SEQUENCES if len({*map(len, chosen)}) == 1 else BATCH))
     progress.start("weighing the first token", len(batches))
     powers = _powers(skeleton, [(ids, None) for ids in batches], seed, progress)
     weights = {}

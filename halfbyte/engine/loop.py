@@ -32,8 +32,10 @@ from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Progress, Quiet
 
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of one forward of a block: a GPU's products and sums want more."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
 
@@ -95,13 +97,14 @@ def quantize_blocks(
     jobs: Sequence[Job],
     sequences: Sequence[torch.Tensor] | None = None,
     device: str = "cpu",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
 ) -> None:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
+    batch_tokens    of one forward; None: BATCH_TOKENS, by the device
     workers     who solves while the pass goes on; None: this process, on `device`
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
@@ -109,10 +112,13 @@ def quantize_blocks(
     progress = progress or Quiet()
     _refuse(jobs, sequences)
     run = _Pass(checkpoint, jobs, device, progress, workers)
-    if sequences is None:
-        run.without_data()
-    else:
-        run.with_data(sequences, batch_tokens)
+    try:
+        if sequences is None:
+            run.without_data()
+        else:
+            run.with_data(sequences, batch_tokens or BATCH_TOKENS[torch.device(device).type])
+    finally:
+        run.solving.keeping.close()
 
 
 def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
@@ -134,7 +140,7 @@ class _Pass:
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
-        self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress)
+        self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
         self.careful = any(j.recipe.effort == "max" for j in jobs)
         self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
@@ -145,12 +151,11 @@ class _Pass:
         for index in range(count):
             waiting = [j for j in self.jobs if not j.done(index)]
             if waiting:
-                tensors = self._tensors(self.skeleton.load_block(index))
+                tensors = self._tensors(self.skeleton.load_block(index, then=index + 1))
                 self.solving.solve(index, waiting, tensors, {})
                 self.skeleton.drop_block(index)
             self.progress.advance(note=f"block {index + 1}/{count}")
-        self.solving.finish()
-        self._head(None)
+        self._finish(None)
 
     def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
         count = self.family.num_blocks
@@ -172,13 +177,17 @@ class _Pass:
                 kwargs = [arguments[shape][index] for shape in shapes]
                 self._one_block(index, hidden, keeps, kwargs)
             self.progress.advance(note=f"block {index + 1}/{count}")
+        self._finish((hidden, keeps))
+
+    def _finish(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
         self.solving.finish()
-        self._head((hidden, keeps))
+        self._head(activations)
+        self.solving.keeping.settle()
 
     def _one_block(
         self, index: int, hidden: list[torch.Tensor], keeps: list[Any], kwargs: list[dict[str, Any]]
     ) -> None:
-        block = self.skeleton.load_block(index)
+        block = self.skeleton.load_block(index, then=index + 1)
         waiting = [j for j in self.jobs if not j.done(index)]
         propagate = self.jobs[0].recipe.propagate
         if waiting or propagate:
@@ -222,10 +231,10 @@ class _Pass:
         experts: ExpertInputs | None,
     ) -> None:
         device = self.skeleton.device
-        counts = {g.key: self.importance.of_group(index, g, batch, shape).to(device) for g in collectors.groups}
+        counts = {g.key: self.importance.of_group(index, g, batch, shape, device) for g in collectors.groups}
         collectors.expect(keep, counts)
         if experts:
-            experts.expect(keep, self.importance.weights((index, EXPERTS), batch, shape).to(device))
+            experts.expect(keep, self.importance.weights((index, EXPERTS), batch, shape, device))
 
     @staticmethod
     def _tensors(block: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ Parameters have the checkpoint's names: the experts of a mixture are linears of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -35,6 +36,37 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class _Ahead:
+    """One block's tensors on their way to a GPU, on a stream of their own, while another block is worked on there."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.stream = torch.cuda.Stream(device)
+        self.thread = ThreadPoolExecutor(1)
+        self.coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def begin(self, index: int, load: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Have block `index` brought; one that was not taken is given up."""
+        if self.coming is None or self.coming[0] != index:
+            self.coming = (index, self.thread.submit(self._bring, load))
+
+    def take(self, index: int) -> dict[str, torch.Tensor] | None:
+        """The block's tensors, or None where another or none was begun. Raises what loading them raised."""
+        if self.coming is None or self.coming[0] != index:
+            return None
+        tensors = self.coming[1].result()
+        self.coming = None
+        for tensor in tensors.values():
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensors
+
+    def _bring(self, load: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        with torch.cuda.stream(self.stream):
+            tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in load().items()}
+        self.stream.synchronize()
+        return tensors
+
+
 class Skeleton:
     """One model, streamed. `device` and `dtype` (bfloat16) are where and in what blocks are run."""
 
@@ -54,6 +86,7 @@ class Skeleton:
         self.inner: nn.Module = model.model
         self.blocks: list[nn.Module] = list(self.inner.layers)
         self._head: torch.Tensor | None = None
+        self._ahead = _Ahead(self.device, dtype) if self.device.type == "cuda" else None
         self._fill(self.inner.embed_tokens, "model.embed_tokens.")
         self._fill(self.inner.norm, "model.norm.")
         for module in self.inner.modules():
@@ -96,13 +129,18 @@ class Skeleton:
             self._head = self.checkpoint.load(f"{self.family.lm_head}.weight").to(self.device, self.dtype)
         return self._head
 
-    def load_block(self, index: int, given: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    def load_block(
+        self, index: int, given: dict[str, torch.Tensor] | None = None, then: int | None = None
+    ) -> nn.Module:
         """Block `index` with its weights, in `dtype` on `device`; `given` ones (by name within the block) stand in for
-        the checkpoint's."""
+        the checkpoint's. then: the block to load next, which a GPU is sent meanwhile."""
         block = self.blocks[index]
         prefix = self.family.block(index) + "."
         if given is None:
-            self._fill(block, prefix)
+            self._fill(block, prefix, self._ahead.take(index) if self._ahead else None)
+            if self._ahead and then is not None and 0 <= then < len(self.blocks):
+                coming = self.family.block(then) + "."
+                self._ahead.begin(then, lambda: self.checkpoint.load_all(coming))
         else:
             rest = {n: self.checkpoint.load(prefix + n) for n, _ in block.named_parameters() if n not in given}
             self._fill(block, prefix, given | rest)

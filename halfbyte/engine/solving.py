@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,8 +41,48 @@ UnderWay = tuple[int, Sequence[Job], "list[Future[Any]]", "ExpertInputs | None"]
 """A block, those who wait for it, its parts, and what its experts were given."""
 
 
+class Keeping:
+    """Hands results to those who keep them. On a GPU a thread does: it packs and writes a block while the next one is
+    run and solved, one at a time and in order; at most `AHEAD` wait, and hold their memory."""
+
+    AHEAD = 2
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.thread = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: deque[Future[None]] = deque()
+
+    def hand_on(self, job: Job, index: int, result: BlockResult) -> None:
+        """Let `job` have the block. Raises what keeping it, or one before it, raised."""
+        if self.thread is None:
+            job.emit(index, result)
+            return
+        self.settle(self.AHEAD)
+        made = torch.cuda.current_stream(self.device).record_event()
+        self.waiting.append(self.thread.submit(self._emit, job, index, result, made))
+
+    def settle(self, left: int = 0) -> None:
+        """Wait until no more than `left` blocks are on their way. Raises what keeping one raised."""
+        while len(self.waiting) > left:
+            self.waiting.popleft().result()
+
+    def close(self) -> None:
+        """Let what is on its way end, however it ends."""
+        if self.thread:
+            self.thread.shutdown()
+
+    def _emit(self, job: Job, index: int, result: BlockResult, made: torch.cuda.Event) -> None:
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(made)
+            job.emit(index, result)
+        self.stream.synchronize()
+
+
 class Solving:
-    """Blocks under way at `workers`. solve_part: the errand; a BlockResult or an error for each recipe of a Part."""
+    """Blocks under way at `workers`. solve_part: the errand, whose result is a BlockResult or an error for each recipe
+    of a Part; device: where the pass itself runs."""
 
     def __init__(
         self,
@@ -50,9 +90,11 @@ class Solving:
         workers: Workers,
         solve_part: Callable[[Seat, Part], list[BlockResult | Exception]],
         progress: Progress,
+        device: str = "cpu",
     ):
         self.family, self.workers, self.solve_part, self.progress = family, workers, solve_part, progress
         self.under_way: deque[UnderWay] = deque()
+        self.keeping = Keeping(torch.device(device))
 
     def solve(
         self,
@@ -136,7 +178,7 @@ class Solving:
                 self._tell(index, result, experts)
                 results.append(result)
                 if not job.done(index):
-                    job.emit(index, result)
+                    self.keeping.hand_on(job, index, result)
         return results
 
     def _tell(self, index: int, result: BlockResult, experts: ExpertInputs | None) -> None:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import in_threads
 
 MAX_HEADER = 32 << 20
 """Bytes of the largest header that is read: some 300,000 tensors. (The format allows 100 MB.)"""
@@ -273,8 +274,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over config.json and every weight file's own SHA-256: names the model's contents."""
         digest = hashlib.sha256()
-        for file in [self.path / "config.json", *self.files]:
-            digest.update(f"{file.name} {_remembered_hash(file)}\n".encode())
+        files = [self.path / "config.json", *self.files]
+        for file, own in zip(files, in_threads(_remembered_hash, files)):
+            digest.update(f"{file.name} {own}\n".encode())
         return digest.hexdigest()
 
     def tokenizer_files(self) -> list[Path]:
