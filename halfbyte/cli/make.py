@@ -92,7 +92,8 @@ def plan(
     from halfbyte.serving import serve_command
 
     chosen, levels = _recipe(recipe, override), _levels(concurrency)
-    budgets = {g.name: g.limit for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS}
+    stated = [g for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS]
+    budgets = {g.name: g.limit for g in stated}
     platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
     if vllm_version:
         facts_for(vllm_version)
@@ -119,7 +120,7 @@ def plan(
     words += ["--concurrency", str(max(levels))] if levels else []
     words += [word for budget in gate or [] for word in ("--gate", budget)]
     follow = shlex.join(["halfbyte", "run", model, *words, "-o", str(target)])
-    emit(result, style, f"{render_plan(result, explain)}\n\nnext: {follow}")
+    emit(result, style, f"{render_plan(result, explain, [g.spelled for g in stated if not g.off])}\n\nnext: {follow}")
 
 
 def _levels(text: str | None) -> list[int] | None:

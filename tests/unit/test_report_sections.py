@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,27 @@ def test_every_result_that_is_missing_has_its_command(tmp_path: Path) -> None:
     assert dict(page.facts)["Not measured"].startswith("gates; fidelity to BF16; tasks; long context; speed")
     for written in (path.read_text() for path in build_report(run)):
         assert "halfbyte bench model --on cpu -o ." in written
+
+
+def test_an_artifact_alone_shows_what_was_measured_beside_it(tmp_path: Path) -> None:
+    """Its page says `-o NAME-results`: what that left is on the next page, unless the artifact was made anew since."""
+    artifact, results = tmp_path / "out", tmp_path / "out-results"
+    for place, name, content in (
+        (artifact, "halfbyte.json", files.manifest()),
+        (results, "eval.json", files.evaluation()),
+        (results, "bench.json", files.bench()),
+    ):
+        place.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(content))
+    page = read_sources(artifact)
+    assert page.evaluation == files.evaluation() and len(page.benches) == 1 and not page.problems
+    os.utime(results / "eval.json", (1, 1))
+    page = read_sources(artifact)
+    assert not page.evaluation and len(page.benches) == 1
+    assert page.problems == ("out-results/eval.json is older than the artifact and was left out: measure again",)
+    (artifact / "halfbyte.json").unlink()
+    (artifact / "plan.json").write_text("{}")
+    assert not read_sources(artifact).benches, "a run's directory holds its results itself"
 
 
 def test_an_artifact_alone_names_itself(tmp_path: Path) -> None:
