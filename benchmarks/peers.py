@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from candidates import Candidate
 from common import (
     MODEL,
     SEQUENCES,
@@ -34,8 +35,9 @@ from common import (
     run_main,
     say,
 )
+from kept import row_key
 from measure import Measured, measure
-from quality import Candidate, quantize_process, render, score_rows, yardsticks
+from quality import quantize_process, render, score_rows, yardsticks
 from scoring import bits_of_artifact
 
 from halfbyte.calibration import CalibrationSet
@@ -179,7 +181,8 @@ def main(arguments: argparse.Namespace) -> None:
             race.peer(known[name])
             _write(arguments.json, result)
         candidates = yardsticks(list(recipes.items()), model) + race.candidates
-        for _ in score_rows(table, model, data / TEXT, candidates, arguments.windows):
+        for row in score_rows(table, model, data / TEXT, candidates, arguments.windows):
+            table["rows"].append(row)
             _write(arguments.json, result)
     print(render(table, arguments.windows))
     print("\n" + race.render())
@@ -210,12 +213,12 @@ class Race:
             measured, versions = run_peer(peer, self.model, self.tokens, place)
         except HalfbyteError as error:
             run["error"] = str(error)
-            self.candidates.append(Candidate(peer.label, {"error": str(error)}))
+            self.candidates.append(Candidate(peer.label, "", {"error": str(error)}))
             return
         run |= {"seconds": measured.seconds, "peak_rss_mib": measured.peak_rss_mib, "versions": versions}
         if measured.status:
             run["error"] = f"failed after {measured.seconds:.0f} s: {measured.reason}"
-            self.candidates.append(Candidate(peer.label, {"error": run["error"]}))
+            self.candidates.append(Candidate(peer.label, "", {"error": run["error"]}))
             return
         self._candidate(peer.label, measured, _model_in(place / "artifact"))
         run["ours_after"] = self._ours(peer.ours)
@@ -241,7 +244,7 @@ class Race:
             facts["bits_per_weight"] = bits_of_artifact(directory)
         except HalfbyteError as error:
             facts = {"error": str(error)}
-        self.candidates.append(Candidate(name, facts, directory=directory))
+        self.candidates.append(Candidate(name, row_key(name, ""), facts, directory=directory))
 
     def render(self) -> str:
         """Seconds of every peer beside ours, before and after."""

@@ -5,24 +5,25 @@
 
 Every recipe is solved in memory in ONE pass over the blocks, from the same statistics; `--timed` ones run the real
 `halfbyte quantize` in a fresh process, and their artifact is scored. BF16 and plain round-to-nearest of the same grids
-stand beside them, and the noise floor below.
+stand beside them, and the noise floor below. Scales and norms are trained afterwards where the recipe says so, as
+`halfbyte quantize` does. With --json FILE, rows that FILE has already are not made again: the table can be made in
+pieces, and a run that was killed goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from candidates import Candidate, Solved
 from common import (
     MODEL,
     SEQUENCES,
@@ -38,16 +39,17 @@ from common import (
     say,
 )
 from dither import dithered_copy
+from kept import Kept, find, row_key, row_of
 from measure import Measured, measure
 from rtn import nearest
 from scoring import FEW, HEADER, Reference, bits_of_artifact, bits_of_recipe, cells, load_scored, score_row
 
-from halfbyte.algo import dequantize
+from halfbyte.artifact import ArtifactWriter
 from halfbyte.calibration import CalibrationSet
-from halfbyte.engine import BlockResult, Job, quantize_blocks
+from halfbyte.engine import Job, quantize_blocks
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.quantize import load_model
-from halfbyte.files import write_json
+from halfbyte.experiments.quantize import tune as train
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe import Recipe
@@ -55,22 +57,10 @@ from halfbyte.recipe import Recipe
 DEFAULT = (
     "method=rtn,group_size=64",
     "method=gptq,group_size=64",
-    "method=gptq,group_size=64,scaling=awq",
     "method=awq,group_size=64",
     "method=nvfp4,group_size=16",
-    "method=nvfp4,group_size=16,scaling=awq",
     "method=nvfp4,group_size=64",
 )
-
-
-@dataclass
-class Candidate:
-    """A model to score: tensors that replace the baseline's, or a directory."""
-
-    name: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] | None = None
-    directory: Path | None = None
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -81,79 +71,97 @@ def main(arguments: argparse.Namespace) -> None:
     outside = [_named(words) for words in arguments.artifact]
     texts = [data / TEXT] + [_text(words, data) for words in arguments.second_text]
     model = resolve_model(MODEL, Report())
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "quality",
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "tables": [],
-    }
-    with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
-        for source in [model] + ([dithered_copy(model)] if arguments.dithered else []):
-            title = f"{MODEL}, dithered" if source != model else MODEL
-            calibration = calibration_tokens(source, data, arguments.sequences)
-            result["calibration_sha256"] = calibration.sha256
-            own = [time_recipe(label, recipe, source, calibration, Path(scratch)) for label, recipe in timed]
-            own += outside if source == model else []
-            own += solve(recipes, source, calibration, result)
-            for text in texts:
-                table: dict[str, Any] = {"model": title, "rows": []}
-                result["tables"].append(table)
-                for _ in score_rows(table, source, text, yardsticks(recipes + timed, source) + own, arguments.windows):
-                    if arguments.json:
-                        write_json(arguments.json, result)
-    for table in result["tables"]:
+    command = shlex.join(["python", *sys.argv])
+    kept = Kept(arguments.json, {"schema": 1, "kind": "quality", "command": command, "machine": machine()})
+    shown = []
+    for source in [model] + ([dithered_copy(model)] if arguments.dithered else []):
+        title, fingerprint = MODEL if source == model else f"{MODEL}, dithered", Checkpoint(source).fingerprint()
+        tables = [kept.table(title, fingerprint, text, arguments.windows) for text in texts]
+        calibration = calibration_tokens(source, data, arguments.sequences)
+        with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
+            candidates = yardsticks(recipes + timed, source)
+            candidates += time_recipes(timed, source, calibration, tables, Path(scratch))
+            candidates += outside if source == model else []
+            candidates += solve(recipes, source, calibration, tables, kept)
+            for text, table in zip(texts, tables):
+                for row in score_rows(table, source, text, candidates, arguments.windows):
+                    kept.add(table, row)
+                shown.append({**table, "rows": [found for c in candidates if (found := row_of(table, c.name))]})
+    for table in shown:
         print(render(table, arguments.windows))
-    for seconds in result.get("pass_seconds", []):
-        print(f"\none pass over the blocks for {len(recipes)} recipes: {seconds:.0f} s (load {_load(result)})")
+
+
+def _wanted(candidate: Candidate, tables: list[dict[str, Any]]) -> bool:
+    """Whether one of the tables has no row of it."""
+    return any(find(table, candidate.key) is None for table in tables)
+
+
+def _key(label: str, recipe: Recipe, calibration: CalibrationSet, **more: Any) -> str:
+    return row_key(label, calibration.sha256, recipe=recipe.identity(), **more)
 
 
 def solve(
-    recipes: list[tuple[str, Recipe]], model: Path, calibration: CalibrationSet, result: dict[str, Any]
+    recipes: list[tuple[str, Recipe]],
+    model: Path,
+    calibration: CalibrationSet,
+    tables: list[dict[str, Any]],
+    kept: Kept,
 ) -> list[Candidate]:
-    """Every recipe in one pass over the blocks, in memory."""
-    if not recipes:
-        return []
+    """Every recipe that has a row to make in one pass over the blocks, in memory; then their training."""
     checkpoint = Checkpoint(model)
-    found, jobs = [], []
-    for label, recipe in recipes:
-        facts = {"recipe": recipe.identity(), "bits_per_weight": bits_of_recipe(recipe, model)}
-        candidate = Candidate(label, {**facts, "solve_seconds": 0.0, "errors": []}, tensors={})
-        found.append(candidate)
-        jobs.append(Job(recipe, quantized(assign(recipe, checkpoint)), lambda _: False, _keep(candidate)))
-    say(f"one pass over the blocks for {len(jobs)} recipes")
+    found = [Candidate(label, _key(label, recipe, calibration)) for label, recipe in recipes]
+    todo = [(c, Solved(checkpoint, recipe)) for c, (_, recipe) in zip(found, recipes) if _wanted(c, tables)]
+    if not todo:
+        return found
+    say(f"one pass over the blocks for {len(todo)} recipes")
+    jobs = [Job(s.recipe, quantized(s.plans), lambda _: False, s.emit) for _, s in todo]
     started = time.monotonic()
     quantize_blocks(checkpoint, jobs, calibration.sequences, progress=Report())
-    result.setdefault("pass_seconds", []).append(round(time.monotonic() - started, 1))
-    for candidate in found:
-        errors = candidate.facts.pop("errors")
-        candidate.facts["mean_relative_error"] = sum(errors) / len(errors)
+    kept.facts.setdefault("passes", []).append({"recipes": len(jobs), "seconds": round(time.monotonic() - started, 1)})
+    for candidate, solved in todo:
+        started = time.monotonic()
+        train(cast(ArtifactWriter, solved), calibration, "cpu", Report())
+        candidate.make = solved.tensors
+        candidate.facts = {
+            "recipe": solved.recipe.identity(),
+            "bits_per_weight": bits_of_recipe(solved.recipe, model),
+            "solve_seconds": solved.seconds,
+            "train_seconds": round(time.monotonic() - started, 1) if solved.tuned else 0.0,
+            "tuning": solved.note or None,
+            "mean_relative_error": sum(solved.errors) / len(solved.errors),
+        }
     return found
 
 
-def _keep(candidate: Candidate) -> Any:
-    def emit(block: int, result: BlockResult) -> None:
-        assert candidate.tensors is not None
-        for name, solved in result.linears.items():
-            candidate.tensors[f"{name}.weight"] = dequantize(solved.q).bfloat16()
-            candidate.facts["errors"].append(solved.relative_error)
-        candidate.tensors.update(result.tensors)
-        candidate.facts["solve_seconds"] += result.seconds
-
-    return emit
-
-
-def time_recipe(label: str, recipe: Recipe, model: Path, calibration: CalibrationSet, scratch: Path) -> Candidate:
-    """The real `halfbyte quantize` in a fresh process: wall seconds and peak memory of the whole of it."""
-    place = scratch / f"timed-{len(list(scratch.iterdir()))}"
-    measured = quantize_process(recipe, model, calibration, place)
-    if measured.status:
-        return Candidate(f"{label} (timed)", {"error": measured.reason})
-    say(f"halfbyte quantize {label}: {measured.seconds:.1f} s, {measured.peak_rss_mib} MiB")
-    facts = {"seconds": measured.seconds, "cpu_seconds": measured.cpu_seconds, "peak_rss_mib": measured.peak_rss_mib}
-    directory = place / "artifact"
-    facts["bits_per_weight"] = bits_of_artifact(directory)
-    return Candidate(f"{label} (timed)", {"recipe": recipe.identity(), **facts}, directory=directory)
+def time_recipes(
+    recipes: list[tuple[str, Recipe]],
+    model: Path,
+    calibration: CalibrationSet,
+    tables: list[dict[str, Any]],
+    scratch: Path,
+) -> list[Candidate]:
+    """The real `halfbyte quantize` in a fresh process each: wall seconds and peak memory of the whole of it."""
+    found = []
+    for label, recipe in recipes:
+        candidate = Candidate(f"{label} (timed)", _key(label, recipe, calibration, timed=True))
+        found.append(candidate)
+        if not _wanted(candidate, tables):
+            continue
+        place = scratch / f"timed-{len(found)}"
+        measured = quantize_process(recipe, model, calibration, place)
+        if measured.status:
+            candidate.facts = {"error": measured.reason}
+            continue
+        say(f"halfbyte quantize {label}: {measured.seconds:.1f} s, {measured.peak_rss_mib} MiB")
+        candidate.directory = place / "artifact"
+        candidate.facts = {
+            "recipe": recipe.identity(),
+            "seconds": measured.seconds,
+            "cpu_seconds": measured.cpu_seconds,
+            "peak_rss_mib": measured.peak_rss_mib,
+            "bits_per_weight": bits_of_artifact(candidate.directory),
+        }
+    return found
 
 
 def quantize_process(recipe: Recipe, model: Path, calibration: CalibrationSet, place: Path) -> Measured:
@@ -172,36 +180,38 @@ def quantize_process(recipe: Recipe, model: Path, calibration: CalibrationSet, p
 
 def yardsticks(recipes: list[tuple[str, Recipe]], model: Path) -> list[Candidate]:
     """BF16 itself, and plain round-to-nearest on every grid and group size that the recipes use."""
-    found = [Candidate("BF16", {"bits_per_weight": 16.0}, tensors={})]
+    found = [Candidate("BF16", row_key("BF16", ""), {"bits_per_weight": 16.0})]
     checkpoint = Checkpoint(model)
     seen = []
     for _, recipe in recipes:
-        key = (str(recipe.grid), recipe.group_size)
-        if key in seen:
+        grid = (str(recipe.grid), recipe.group_size)
+        if grid in seen:
             continue
-        seen.append(key)
-        schemes = quantized(assign(recipe, checkpoint))
-        tensors = {
-            f"{name}.weight": nearest(checkpoint.load(f"{name}.weight"), scheme.grid, scheme.group_size)
-            for name, scheme in schemes.items()
-        }
-        bits = bits_of_recipe(recipe, model)
-        found.append(Candidate(f"RTN, extremes, {key[0]} g{key[1]}", {"bits_per_weight": bits}, tensors=tensors))
+        seen.append(grid)
+        name = f"RTN, extremes, {grid[0]} g{grid[1]}"
+
+        def make(recipe: Recipe = recipe) -> dict[str, torch.Tensor]:
+            schemes = quantized(assign(recipe, checkpoint)).items()
+            return {f"{n}.weight": nearest(checkpoint.load(f"{n}.weight"), s.grid, s.group_size) for n, s in schemes}
+
+        found.append(Candidate(name, row_key(name, ""), {"bits_per_weight": bits_of_recipe(recipe, model)}, make))
     return found
 
 
 def score_rows(
     table: dict[str, Any], model: Path, text: Path, candidates: list[Candidate], windows: int
 ) -> Iterator[dict[str, Any]]:
-    """Every candidate on one text: fills `table` and gives each row as it is done."""
+    """Every candidate that `table` has no row of, on one text: its row as it is done."""
+    todo = [candidate for candidate in candidates if find(table, candidate.key) is None]
+    if not todo:
+        return
     reference = Reference(model, text, windows)
     table.update(reference.describe())
     host = load_model(model)
     original = {name: value.clone() for name, value in host.state_dict().items()}
-    for candidate in candidates:
-        row = _score(candidate, reference, host, original)
+    for candidate in todo:
+        row = {**_score(candidate, reference, host, original), "key": candidate.key}
         say("  ".join(cells(row, windows)))
-        table["rows"].append(row)
         yield row
 
 
@@ -210,9 +220,9 @@ def _score(candidate: Candidate, reference: Reference, host: Any, original: dict
         return {"name": candidate.name, **candidate.facts}
     try:
         if candidate.directory is None:
-            if candidate.tensors:
-                host.load_state_dict({**original, **candidate.tensors})
-            scores = reference.score(host if candidate.tensors else None)
+            if candidate.make:
+                host.load_state_dict({**original, **candidate.make()})
+            scores = reference.score(host if candidate.make else None)
             return score_row(candidate.name, scores, **candidate.facts)
         bits = candidate.facts.get("bits_per_weight") or bits_of_artifact(candidate.directory)
         scores = reference.score(load_scored(candidate.directory))
@@ -237,7 +247,7 @@ def _named(words: str) -> Candidate:
     name, equals, directory = words.partition("=")
     if not equals or not (Path(directory) / "config.json").is_file():
         raise UsageError(f"--artifact {words}: write NAME=DIR, DIR a model directory with config.json")
-    return Candidate(name, directory=Path(directory))
+    return Candidate(name, row_key(name, "", tensors=Checkpoint(directory).fingerprint()), directory=Path(directory))
 
 
 def _text(words: str, data: Path) -> Path:
@@ -245,10 +255,6 @@ def _text(words: str, data: Path) -> Path:
         if path.is_file():
             return path
     raise UsageError(f"--second-text {words}: no such file, here or in {data}")
-
-
-def _load(result: dict[str, Any]) -> str:
-    return f"{result['machine']['load_average'][0]:.1f} before, {os.getloadavg()[0]:.1f} after"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -264,7 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=40, help="windows of the larger figure (default 40)")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences (default 128)")
     parser.add_argument("--data", metavar="DIR", help="where calibration/ and text/ are (else HALFBYTE_DATA)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures here, and take finished rows from there"
+    )
     return parser
 
 

@@ -69,7 +69,9 @@ class TerminalProgress:
         self.done += steps
         if self.live:
             self.bar.update(self.task, advance=steps, memory=_memory(), note=note)
-        elif time.monotonic() - self.printed > 10 and self.done < self.total:
+        elif self.done >= self.total:
+            self.finish()
+        elif time.monotonic() - self.printed > 10:
             self.printed = time.monotonic()
             left = (self.printed - self.began) / max(self.done, 1) * (self.total - self.done)
             line = f"  {self.label}: {self.done}/{self.total}, {left:.0f} s left, {_memory()} {note}"

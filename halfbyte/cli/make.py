@@ -47,6 +47,11 @@ Memory = Annotated[
     str | None,
     typer.Option("--memory", metavar="LIMIT", help="Host memory to solve blocks in (12GiB); none: what is free."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items of a task.")]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
 
@@ -98,7 +103,8 @@ def plan(
     from halfbyte.serving import serve_command
 
     chosen, levels = _recipe(recipe, override), _levels(concurrency)
-    budgets = {g.name: g.limit for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS}
+    stated = [g for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS]
+    budgets = {g.name: g.limit for g in stated}
     platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
     if vllm_version:
         facts_for(vllm_version)
@@ -125,7 +131,7 @@ def plan(
     words += ["--concurrency", str(max(levels))] if levels else []
     words += [word for budget in gate or [] for word in ("--gate", budget)]
     follow = shlex.join(["halfbyte", "run", model, *words, "-o", str(target)])
-    emit(result, style, f"{render_plan(result, explain)}\n\nnext: {follow}")
+    emit(result, style, f"{render_plan(result, explain, [g.spelled for g in stated if not g.off])}\n\nnext: {follow}")
 
 
 def _levels(text: str | None) -> list[int] | None:
@@ -198,10 +204,20 @@ def run(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", metavar="NAMES", help="Measure tasks: `default`, or names separated by commas."),
+        typer.Option(
+            "--tasks",
+            "--task",
+            metavar="NAMES",
+            help="Measure tasks: `default`, or names and files as eval takes them, separated by commas.",
+        ),
     ] = None,
+    data: Data = None,
+    limit: Limit = None,
     long_context: Annotated[bool, typer.Option("--long-context", help="Measure the drift on long context.")] = False,
-    bench: Annotated[bool, typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM.")] = False,
+    bench: Annotated[
+        bool,
+        typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM, at --concurrency and what gates name."),
+    ] = False,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     context: Context = None,
     concurrency: Concurrency = None,
@@ -235,6 +251,8 @@ def run(
         budget=budget,
         measure=measure,
         memory=memory_limit(memory),
+        data=data,
+        limit=limit,
     )
     with progress() as shown:
         result = do(request, shown)

@@ -41,7 +41,7 @@ def sweep(
     calibration: Calibration = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1. Repeatable."),
+        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1, speed@N=+60%. Repeatable."),
     ] = None,
     by: Annotated[By, typer.Option("--by", metavar="WHAT", help="What quality is: kl or ppl.")] = By.kl,
     bench: Annotated[
@@ -82,6 +82,7 @@ def sweep(
             workers=them,
             memory=memory_limit(memory),
             judged_on=list(them.resources) if them else [],
+            bench=bench,
         )
         result = run()
         if bench and install:

@@ -39,6 +39,8 @@ ALGORITHM_VERSION = 5
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward of a block: a GPU's products and sums want more."""
+SAMPLE_TOKENS = 16_384
+"""How many tokens the statistics are of where effort is fast: more made scales no better (docs/log.md)."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
 
@@ -52,6 +54,12 @@ def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | No
         "algorithm": ALGORITHM_VERSION,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sample(sequences: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """Evenly spread sequences of about `tokens` tokens together; all of them where they have no more."""
+    step = max(1.0, sum(map(len, sequences)) / tokens)
+    return [sequences[int(i * step)] for i in range(max(1, int(len(sequences) / step)))]
 
 
 def make_batches(sequences: Sequence[torch.Tensor], budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -143,8 +151,8 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
         raise HalfbyteError(
             "propagate serves one recipe at a time: statistics behind quantized blocks differ by recipe"
         )
-    if len({job.recipe.effort == "max" for job in jobs}) > 1:
-        raise HalfbyteError("effort max weighs every token: it shares no pass with recipes of less effort")
+    if len({job.recipe.statistics for job in jobs}) > 1:
+        raise HalfbyteError("recipes of such different effort collect other statistics: they share no pass")
 
 
 class _Pass:
@@ -161,8 +169,8 @@ class _Pass:
         self.family = self.skeleton.family
         self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
-        self.careful = any(j.recipe.effort == "max" for j in jobs)
-        self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
+        self.statistics = jobs[0].recipe.statistics if jobs else "all"
+        self.gram = any(job.recipe.needs_gram for job in jobs)
 
     def without_data(self) -> None:
         count = self.family.num_blocks
@@ -182,6 +190,8 @@ class _Pass:
 
     def _with_hidden(self, sequences: Sequence[torch.Tensor], fitted: Fit, hidden: Activations) -> None:
         count = self.family.num_blocks
+        if self.statistics == "sample":
+            sequences = sample(sequences, SAMPLE_TOKENS)
         batches = make_batches(sequences, fitted.batch_tokens)
         arguments = self.skeleton.embed((ids for ids, _ in batches), hidden)[1]
         keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
@@ -189,11 +199,10 @@ class _Pass:
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
         if any(not j.done(HEAD) for j in self._head_jobs()):
             last = count - 1
-        if last >= 0:
-            if self.careful:
-                self.importance = every_token(self.skeleton, batches, progress=self.progress, room=fitted.tape)
-            else:
-                self.importance = first_token(self.skeleton, sequences, progress=self.progress, room=fitted.tape)
+        if last >= 0 and self.statistics == "weighted":
+            self.importance = every_token(self.skeleton, batches, progress=self.progress, room=fitted.tape)
+        elif last >= 0 and self.statistics == "all":
+            self.importance = first_token(self.skeleton, sequences, progress=self.progress, room=fitted.tape)
         self.progress.start("quantizing", count)
         for index in range(count):
             if index <= last:

@@ -73,8 +73,8 @@ def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens:
     waiting = [i for i in range(family.num_blocks) if any(not job.done(i) for job in jobs)] or [0]
     shapes = [dict(_block(checkpoint, family, i)) for i in waiting]
     weights = max(sum(size for _, size in tensors.values()) for tensors in shapes)
-    gram = data and any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
-    careful = any(j.recipe.effort == "max" for j in jobs)
+    gram = data and any(j.recipe.needs_gram for j in jobs)
+    careful = any(j.recipe.statistics == "weighted" for j in jobs)
     awq = any(j.recipe.scaling == "awq" for j in jobs)
     statistics = solve = forward = 0
     for index, tensors in zip(waiting, shapes):

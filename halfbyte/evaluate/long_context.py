@@ -18,7 +18,6 @@ from halfbyte.evaluate.haystack import CANDIDATES, DEEP, STORIES, Item, answer_w
 from halfbyte.evaluate.pair import LABELS, URL, Pair, Side
 from halfbyte.evaluate.windows import Windows, text_windows
 from halfbyte.files import make_directory, write_json
-from halfbyte.platforms import load_platform
 from halfbyte.types import Progress, Quiet
 
 LONG_CONTEXT = "long_context.json"
@@ -144,8 +143,6 @@ def _conditions(pair: Pair) -> tuple[list[Condition], dict[str, str]]:
         reason = "transformers keeps keys and values in the model's own 16 bits: serve with vLLM to measure FP8"
     elif any(str(side).startswith(URL) for side in (pair.baseline, pair.model)):
         reason = "the servers run already: how they keep keys and values is theirs to say"
-    elif not load_platform(pair.serving.platform).capabilities.accelerator:
-        reason = f"vLLM has no FP8 KV cache on {pair.serving.platform}"
     else:
         return list(FP8), {}
     return [], {condition.key: reason for condition in FP8}

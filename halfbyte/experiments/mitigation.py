@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field
 
 from halfbyte.errors import UsageError
-from halfbyte.experiments.axes import merge, nested
-from halfbyte.platforms import Data
+from halfbyte.experiments.axes import nested
+from halfbyte.platforms.base import Data, merged
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.recipe.loader import recipe_from_mapping
 
@@ -112,7 +112,7 @@ class Candidate:
             return replace(self, recipe=self.recipe.model_copy(update={"calibration": spec}), calibration=spec)
         tree = self.recipe.model_dump(mode="json")
         for key, value in to.items():
-            tree = merge(tree, nested(key, value))
+            tree = merged(tree, nested(key, value))
         return replace(self, recipe=recipe_from_mapping(tree, "mitigation"))
 
 

@@ -78,7 +78,7 @@ class Production:
 
     def _quantize(self, takers: list[Taker]) -> None:
         """Solve what is missing, one pass for each calibration set; apart from it, what collects other statistics:
-        cells of effort max, and each recipe that propagates. So each cell has the bytes that it has alone."""
+        cells of effort max or fast, and each recipe that propagates. So each cell has the bytes that it has alone."""
         for taker in takers:
             there = taker.writer.directory
             taker.writer.open(there.exists() and work_of(there) != taker.writer.work)
@@ -87,8 +87,7 @@ class Production:
             recipe = taker.cell.recipe
             assert recipe is not None
             alone = taker.cell.name if recipe.propagate else ""
-            careful = recipe.effort == "max"
-            groups.setdefault((self.data[taker.cell.name].sha256, careful, alone), []).append(taker)
+            groups.setdefault((self.data[taker.cell.name].sha256, recipe.statistics, alone), []).append(taker)
         cast_notices(self.checkpoint, takers[0].cell.plans, self.progress)
         parts = distinct = solved = 0
         whole = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.plan.text import human_size, item, table, wrap
@@ -10,13 +11,14 @@ from halfbyte.plan.text import human_size, item, table, wrap
 LABEL = "  {:<10}"
 
 
-def render_plan(plan: dict[str, Any], explain: bool = False) -> str:
+def render_plan(plan: dict[str, Any], explain: bool = False, budget: Sequence[str] = ()) -> str:
     """The plan in plain text, at most 80 columns wide but for commands.
 
+    budget: the gates as the user writes them; without it their limits as numbers.
     explain: also the sources of warnings and figures, group sizes, and what vLLM is known to do with the format.
     """
     sections = [
-        _verdict(plan),
+        _verdict(plan, budget),
         _reasons(plan),
         _strategy(plan),
         _others(plan),
@@ -33,7 +35,7 @@ def render_plan(plan: dict[str, Any], explain: bool = False) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def _verdict(plan: dict[str, Any]) -> str:
+def _verdict(plan: dict[str, Any], budget: Sequence[str]) -> str:
     model, sizes = plan["model"], plan["bytes"]
     experts = f", {model['moe']['experts']} experts a block" if model["moe"] else ""
     name = model.get("name", model["path"])
@@ -49,14 +51,15 @@ def _verdict(plan: dict[str, Any]) -> str:
             f"{_bits(sizes['bits_per_parameter'])} over the whole model",
         ),
     ]
-    limits = [f"{name} {limit:g}" for name, limit in plan["request"]["gates"].items() if limit is not None]
+    gates = plan["request"]["gates"].items()
+    limits = budget or [f"{name} {limit:g}" for name, limit in gates if limit is not None]
     if limits:
         lines.append(_labelled("quality", f"budget {', '.join(limits)}: halfbyte run measures it, the plan cannot"))
     memory = {row["platform"]: row for row in plan["memory"]}
     promises = {row["platform"]: row["text"] for row in plan["strategy"]["gain"]}
     for row in plan["speed"]:
         lines.append(_labelled(row["platform"], _gains(row)))
-        lines.append(_labelled("", f"'+60-100 % tokens/s' {promises[row['platform']]}"))
+        lines.append(_labelled("", f"the strategy's '+60-100 % tokens/s': {promises[row['platform']]}"))
         lines.append(_labelled("", _fits(memory[row["platform"]])))
     return "\n".join(lines)
 
@@ -168,10 +171,11 @@ def _memory(plan: dict[str, Any]) -> str:
         ranks = f", each of {row['tp']} devices" if row["tp"] > 1 else ""
         usable = "not known" if row["usable_bytes"] is None else human_size(row["usable_bytes"])
         share = "" if row["usable_bytes"] is None else f" ({row['utilization']:.0%} of the device)"
+        overhead = f", overhead about {human_size(row['overhead_bytes'])}" if row["overhead_bytes"] else ""
         head = (
             f"{row['platform']}{ranks}: weights {human_size(row['weights_bytes'])} "
             f"(BF16: {human_size(row['bf16_weights_bytes'])}), KV cache {human_size(row['kv_bytes_per_token'])} "
-            f"a token ({row['kv_cache_dtype']}), overhead about {human_size(row['overhead_bytes'])}; "
+            f"a token ({row['kv_cache_dtype']}){overhead}; "
             f"usable {usable}{share}"
         )
         rows = [("sequences", "of tokens", "KV cache", "step", "total", "fits", "at most", "or tokens")]

@@ -13,9 +13,8 @@ from markupsafe import Markup
 from halfbyte.files import write_text
 from halfbyte.report.blocks import Page
 from halfbyte.report.run_page import run_page
-from halfbyte.report.sources import read_sources
+from halfbyte.report.sources import MANIFEST, read_sources
 
-MANIFEST = "halfbyte.json"
 SWEEP = "sweep.json"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 _INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])")

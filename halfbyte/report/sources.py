@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ COMMANDS = {
     "calibration": "halfbyte calibrate -m {baseline} -o calibration",
 }
 """What makes each result, in the run's directory."""
+MEASURED = ("tasks", "long_context", "stability")
+"""Results that name the work of the artifact that they tell of; benches do, too."""
+MANIFEST = "halfbyte.json"
+RESULTS = "-results"
+"""Behind an artifact's name: the directory beside it that its page's commands write to."""
 BENCHES = "bench*.json"
 """bench.json, or one for each platform."""
 
@@ -68,7 +74,7 @@ class Sources:
     @property
     def alone(self) -> bool:
         """Whether this is an artifact's own directory, not that of a run."""
-        return (self.run / "halfbyte.json").is_file()
+        return (self.run / MANIFEST).is_file()
 
     @property
     def artifact(self) -> str:
@@ -78,7 +84,7 @@ class Sources:
     @property
     def results(self) -> str:
         """Where commands put what they measure, as seen from there."""
-        return f"{self.artifact}-results" if self.alone else "."
+        return f"{self.artifact}{RESULTS}" if self.alone else "."
 
     def command(self, result: str) -> str:
         """The command that makes one of COMMANDS' results here."""
@@ -109,25 +115,56 @@ def read_sources(run_dir: Path) -> Sources:
         raise UsageError(f"{run_dir} is no directory: name the output directory of `halfbyte run`")
     found: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
+    directories = [run_dir, *_measured_beside(run_dir)]
     for name, places in FILES.items():
-        file = next((run_dir / place for place in places if (run_dir / place).is_file()), None)
+        files = [there / place for there in directories for place in places]
+        file = next((file for file in files if file.is_file()), None)
         if file is not None and (value := _noted(file, run_dir, problems)) is not None:
             found[name] = value
     benches = tuple(
         b
-        for file in sorted(run_dir.glob(BENCHES), key=lambda f: (len(f.name), f.name))
+        for there in directories
+        for file in sorted(there.glob(BENCHES), key=lambda f: (len(f.name), f.name))
         if (b := _noted(file, run_dir, problems)) is not None
     )
     if not found and not benches and not problems:
         names = ", ".join(places[0] for places in FILES.values())
         raise UsageError(f"{run_dir} holds no results ({names}): run `halfbyte run` first")
-    return Sources(run=run_dir, benches=benches, problems=tuple(problems), **found)
+    return _of_one_work(Sources(run=run_dir, benches=benches, problems=tuple(problems), **found))
+
+
+def _of_one_work(found: Sources) -> Sources:
+    """Without the measurements that name another work than the artifact's own; `problems` names them."""
+    work = found.manifest.get("work")
+    alien = [name for name in MEASURED if not tells_of(getattr(found, name), work)]
+    benches = tuple(bench for bench in found.benches if tells_of(bench, work))
+    told = [*(FILES[name][0] for name in alien), *[BENCHES] * (len(benches) < len(found.benches))]
+    problems = [*found.problems, *(f"{name} tells of another artifact and was left out" for name in told)]
+    gone: dict[str, Any] = {name: {} for name in alien}
+    return replace(found, benches=benches, problems=tuple(problems), **gone)
+
+
+def tells_of(result: Mapping[str, Any], work: Any) -> bool:
+    """Whether a result may be that of the artifact of this work (None: not known): it names that work, or none."""
+    return work is None or result.get("work") in (None, work)
+
+
+def _measured_beside(run_dir: Path) -> list[Path]:
+    """Where the commands of an artifact's page leave what they measure: NAME-results beside it (`Sources.results`)."""
+    beside = run_dir.resolve().parent / f"{run_dir.resolve().name}{RESULTS}"
+    return [beside] if (run_dir / MANIFEST).is_file() and beside.is_dir() else []
 
 
 def _noted(file: Path, run_dir: Path, problems: list[str]) -> dict[str, Any] | None:
+    """One result, unless it is broken or tells of an artifact that has been made anew since."""
+    inside = file.is_relative_to(run_dir)
+    name = file.relative_to(run_dir if inside else file.parent.parent)
+    if not inside and file.stat().st_mtime < (run_dir / MANIFEST).stat().st_mtime:
+        problems.append(f"{name} is older than the artifact and was left out: measure again")
+        return None
     value = read_result(file)
     if value is None:
-        problems.append(f"{file.relative_to(run_dir)} is not a JSON object and was left out")
+        problems.append(f"{name} is not a JSON object and was left out")
     return value
 
 

@@ -36,12 +36,14 @@ def test_a_factor_made_in_place_is_the_factor(dead: bool, act_order: bool, monke
     placed = factorize(H, 0.05, act_order)
     assert torch.equal(H, before), "the statistics serve other recipes"
     assert plain.damp == placed.damp
-    torch.testing.assert_close(placed.upper, plain.upper, rtol=2e-4, atol=1e-6)
-    assert torch.equal(placed.upper.triu(), placed.upper)
+    torch.testing.assert_close(placed.feedback, plain.feedback, rtol=2e-4, atol=1e-6)
+    assert torch.equal(placed.feedback.triu(), placed.feedback)
     order = torch.arange(96) if placed.order is None else placed.order
     D = H + torch.diag((H.diagonal() == 0).float())
     D = (D + torch.eye(96) * 0.05 * H.diagonal()[H.diagonal() > 0].mean())[order[:, None], order]
-    torch.testing.assert_close(placed.upper.T @ placed.upper @ D, torch.eye(96), rtol=0, atol=2e-3)
+    inverse = torch.linalg.inv(placed.feedback.double())
+    left = inverse @ D.double() @ inverse.T
+    assert float((left - torch.diag(left.diagonal())).abs().max() / left.diagonal().min()) < 1e-2
 
 
 def test_an_indefinite_hessian_takes_more_damping_in_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,7 @@ def test_an_indefinite_hessian_takes_more_damping_in_place_too(monkeypatch: pyte
     monkeypatch.setattr(gptq_module, "WIDE", 8)
     placed = factorize(H, 0.01)
     assert plain.damp == placed.damp > 0.01
-    torch.testing.assert_close(placed.upper, plain.upper, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(placed.feedback, plain.feedback, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", ["int4_sym", "int4_asym", "nvfp4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -145,10 +146,32 @@ def test_impossible_lengths_and_text_that_is_short(models, tokenizer, tmp_path):
         evaluate_long_context(pair, [280], text=[text], tasks=["needle"], depths=[0.5], samples=1)
 
 
-def test_fp8_is_tried_on_gpus_alone(tmp_path):
-    def tried(platform):
-        conditions, missing = _conditions(Pair("a", "b", None, ("a", "b"), Serving(tmp_path, platform)))
+def test_fp8_is_tried_wherever_vllm_is_started(tmp_path):
+    """vLLM itself says where it has no FP8 KV cache; its CPU build has one on AVX-512."""
+
+    def tried(side, platform):
+        conditions, missing = _conditions(Pair(side, "b", None, ("a", "b"), Serving(tmp_path, platform)))
         return [c.key for c in conditions], missing
 
-    assert tried("h100") == tried("mi325x") == (["bf16+fp8kv", "4bit+fp8kv"], {})
-    assert tried("cpu")[0] == [] and "FP8" in tried("cpu")[1]["4bit+fp8kv"]
+    for platform in ("h100", "mi325x", "cpu"):
+        assert tried("a", platform) == (["bf16+fp8kv", "4bit+fp8kv"], {})
+    assert tried("http://127.0.0.1:8000", "h100")[0] == []
+
+
+def test_a_server_without_an_fp8_cache_leaves_a_reason(tmp_path, monkeypatch):
+    class Fixed:
+        def choose(self, prompts, candidates, progress):
+            return [candidates[0]] * len(prompts)
+
+    @contextmanager
+    def opened(self, side, context, progress, kv_cache="auto"):
+        if kv_cache == "fp8":
+            raise HalfbyteError("vLLM did not start: FP8 KV cache on CPU requires x86 with AVX-512 or AMX.")
+        yield Fixed()
+
+    monkeypatch.setattr(Pair, "open", opened)
+    monkeypatch.setattr(Pair, "context", lambda self: 1024)
+    pair = Pair("a", "b", tiny_tokenizer(), ("a", "b"), Serving(tmp_path, "cpu"))
+    found = evaluate_long_context(pair, [280], tasks=["needle"], depths=[0.5], samples=1)
+    assert set(found["not_measured"]) == {"bf16+fp8kv", "4bit+fp8kv"}
+    assert "AVX-512" in found["not_measured"]["4bit+fp8kv"] and set(found["drift"]) == {"4bit"}

@@ -247,6 +247,9 @@ def test_the_verdict_comes_first(tiny):
     plan = plan_of(tiny("llama"), platforms=[H100], concurrency=[1, 64], gates={"ppl": 0.05})
     first = render_plan(plan).partition("\n\nWhy")[0]
     assert plan["title"] in first and "fits:" in first and "(roofline)" in first and "budget ppl 0.05" in first
+    as_written = render_plan(plan, budget=["ppl=+5%", "top1=90%"])
+    assert "budget ppl=+5%, top1=90%:" in as_written.partition("\n\nWhy")[0]
+    assert "overhead" in as_written and "overhead" not in render_plan(plan_of(tiny("llama"), platforms=[CPU]))
     assert "rule; " not in render_plan(plan) and "[kernel-flag; " in render_plan(plan, explain=True)
 
 

@@ -19,6 +19,7 @@ from halfbyte.evaluate.speed_result import bench_result, sentences, stability_re
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.speed_tune import tune
 from halfbyte.evaluate.stability import Watch
+from halfbyte.experiments.bench_cells import bench_cells
 from halfbyte.platforms import load_platform
 from halfbyte.serving import find_vllm, serve_command
 from halfbyte.serving.bench import ended
@@ -155,6 +156,30 @@ def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[P
 
 def replace_request(found: Any, request: BenchRequest) -> Any:
     return replace(found, request=request)
+
+
+def test_a_bench_names_the_work_that_it_measured(
+    whole: Any, install: Any, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert bench_result(whole[0])["work"] is None, "a directory that halfbyte did not make"
+    made = Path(shutil.copytree(models[1], tmp_path / "made"))
+    (made / "halfbyte.json").write_text('{"work": "w"}')
+    found = measure(asked((models[0], made), 1, watch=Watch(1, tokens=8, prompts=1)), tmp_path / "out", install)
+    stable = stability_result(found)
+    assert stable is not None and bench_result(found)["work"] == stable["work"] == "w"
+
+
+def test_a_cell_may_be_called_as_the_sides_are(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    blank = {"same_as": None, "work": "w"}
+    rows = [{"name": name, "path": name, **blank} for name in ("baseline", "model", "B1")]
+    for row in rows:
+        shutil.copytree(models[1], tmp_path / row["path"])
+    load = {"input_tokens": 8, "output_tokens": 4, "requests": 4, "repeats": 2}
+    found = bench_cells(tmp_path, rows, models[0], "cpu", 2, install, **load)
+    assert {name: row["status"] for name, row in found.items()} == dict.fromkeys(("baseline", "model", "B1"), "ok")
+    for name, row in found.items():
+        assert row["cell"] == name and 1.6 < row["speedup"]["value"] < 1.8, name
+        assert json.loads((tmp_path / "results" / f"{name}.bench.json").read_text()) == {**row, "work": "w"}
 
 
 def test_running_out_of_memory_is_a_result(
