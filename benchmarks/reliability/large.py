@@ -55,7 +55,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "vocab_size": 4096},
 }
 RECIPES = {
-    "NVFP4 without data": Recipe.model_validate({"method": "nvfp4", "format": "modelopt", "group_size": 16}),
+    "NVFP4 without data": Recipe.model_validate(
+        {"method": "nvfp4", "rounding": "rtn", "format": "modelopt", "group_size": 16}
+    ),
     "GPTQ": Recipe.model_validate({"method": "gptq", "scaling": "none", "group_size": 128}),
 }
 

@@ -203,6 +203,7 @@ class _Pass:
             self.importance = every_token(self.skeleton, batches, progress=self.progress, room=fitted.tape)
         elif last >= 0 and self.statistics == "all":
             self.importance = first_token(self.skeleton, sequences, progress=self.progress, room=fitted.tape)
+        self.skeleton.drop_head()
         self.progress.start("quantizing", count)
         for index in range(count):
             if index <= last:

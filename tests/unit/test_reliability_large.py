@@ -35,6 +35,7 @@ def test_the_benchmark_measures_all_of_it(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(large, "apart", lambda function, *arguments: function(*arguments))
     result = run("small", 2, 2048, tmp_path, [])
     nvfp4, gptq = result.rows
+    assert [recipe.needs_calibration for recipe in large.RECIPES.values()] == [False, True]
     assert (nvfp4.blocks, gptq.blocks) == (2, 1)
     assert all(0 < row.peak <= row.foretold for row in result.rows), "what is foretold is on the careful side"
     assert all(row.written > 0 and row.seconds > 0 for row in result.rows) and 0 < result.planned < 60
