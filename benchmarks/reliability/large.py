@@ -3,8 +3,8 @@
     python benchmarks/reliability/large.py [--shape 70b|small] [--blocks 2] [--tokens 2048] [--scratch DIR]
                                            [--skip gptq]
 
-A checkpoint of Llama-3.1-70B's shape is made with complete headers; its file is a hole (`truncate`) but for some blocks
-with random numbers. It is planned; then, each in a process of its own:
+A checkpoint of Llama-3.1-70B's shape is made with complete headers; its files are holes (`truncate`) but for some
+blocks with random numbers. It is planned; then, each in a process of its own:
 
     NVFP4 without data  the first `blocks` of its 80
     GPTQ                one block of a model that has this one block alone and all the widths: to weigh tokens, the
@@ -18,6 +18,8 @@ mapped from their file, and whose pages the system may take back. Prints tables 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -41,11 +43,13 @@ from halfbyte.files import write_tensors
 from halfbyte.models import Checkpoint, family_of
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe.schema import Recipe
-from tests.unit.sparse import LLAMA_70B, make_sparse
+from tests.unit.sparse import LLAMA_70B, shapes
 
 GIB = 1 << 30
 CHUNK = 16 << 20
 """Bytes of one plain read or write."""
+SHARD = 2
+"""Blocks in a file: 3.2 GiB, as real ones are cut. One file of 141 GB could not be mapped on a small machine."""
 ROWS = 2048
 """Rows of the embedding and the head that hold numbers: the tokens are below that."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,36 +67,49 @@ RECIPES = {
 
 
 def make(directory: Path, config: dict[str, Any], real: int) -> Path:
-    """A checkpoint with that config; the first `real` blocks, every norm, and some rows of embedding and head hold
-    random numbers."""
-    make_sparse(directory, config)
-    info = Checkpoint(directory).tensors
-    at, base = 0, _body(directory / "model.safetensors")
+    """A checkpoint with that config, `SHARD` blocks a file; the first `real` blocks, every norm, and some rows of
+    embedding and head hold random numbers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    blocks = tuple(f"model.layers.{index}." for index in range(real))
-    with (directory / "model.safetensors").open("r+b") as file:
-        for name, tensor in info.items():
-            if len(tensor.shape) == 1:
-                _put(file, base + at, torch.ones(tensor.shape, dtype=torch.bfloat16))
-            elif name.startswith(blocks) or ".layers." not in name:
-                rows = tensor.shape[0] if name.startswith(blocks) else min(ROWS, tensor.shape[0])
-                value = torch.empty(rows, tensor.shape[1], dtype=torch.bfloat16)
-                scale = 1.0 if "embed" in name else tensor.shape[1] ** -0.5
-                _put(file, base + at, value.normal_(generator=generator).mul_(scale))
-            at += tensor.nbytes
-        os.fsync(file.fileno())
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes(config).items():
+        block = int(name.split(".")[2]) // SHARD + 1 if ".layers." in name else 0
+        shards.setdefault(f"model-{block:05d}.safetensors", {})[name] = shape
+    for file, tensors in shards.items():
+        _shard(directory / file, tensors, tuple(f"model.layers.{index}." for index in range(real)), generator)
+    places = {name: file for file, tensors in shards.items() for name in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return directory
 
 
-def _body(file: Path) -> int:
-    """Where a safetensors file's numbers begin."""
-    with file.open("rb") as handle:
-        return 8 + int.from_bytes(handle.read(8), "little")
+def _shard(place: Path, tensors: dict[str, tuple[int, ...]], real: tuple[str, ...], chance: torch.Generator) -> None:
+    """A file with all of its header, and a hole in place of what is not real."""
+    header, starts, end = {}, dict[str, int](), 0
+    for name, shape in tensors.items():
+        starts[name], end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(header).encode()
+    with place.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name, shape in tensors.items():
+            if (value := _value(name, shape, real, chance)) is not None:
+                file.seek(8 + len(text) + starts[name])
+                file.write(value.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _put(file: Any, at: int, value: torch.Tensor) -> None:
-    file.seek(at)
-    file.write(value.view(-1).view(torch.uint8).numpy().data)
+def _value(name: str, shape: tuple[int, ...], real: tuple[str, ...], chance: torch.Generator) -> torch.Tensor | None:
+    """A tensor's numbers, or its first ROWS rows; None: it has none."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    if ".layers." in name and not name.startswith(real):
+        return None
+    rows = shape[0] if ".layers." in name else min(ROWS, shape[0])
+    scale = 1.0 if "embed" in name else shape[1] ** -0.5
+    return torch.empty(rows, shape[1], dtype=torch.bfloat16).normal_(generator=chance).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -169,17 +186,12 @@ def throughput(model: Path, scratch: Path, written: int) -> dict[str, tuple[int,
     """By what is done: bytes, seconds as halfbyte does it, seconds of the same plainly."""
     checkpoint = Checkpoint(model)
     prefix = family_of(checkpoint.config).block(0) + "."
-    file = checkpoint.files[0]
-    at = _body(file)
-    for name, info in checkpoint.tensors.items():
-        if name.startswith(prefix):
-            break
-        at += info.nbytes
-    size = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(prefix))
+    block = {name: info for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
+    file, size = next(iter(block.values())).file, sum(info.nbytes for info in block.values())
     _drop(file)
     ours = _timed(lambda: [t.clone() for t in checkpoint.load_all(prefix).values()])
     _drop(file)
-    plain = _timed(lambda: _read(file, at, size))
+    plain = _timed(lambda: _read(file, size))
     value = torch.randint(0, 256, (written,), dtype=torch.uint8)
     wrote = _timed(lambda: write_tensors(scratch / "ours.safetensors", {"x": value}))
     plainly = _timed(lambda: _write(scratch / "plain", value))
@@ -198,10 +210,9 @@ def _drop(file: Path) -> None:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _read(file: Path, at: int, size: int) -> None:
+def _read(file: Path, size: int) -> None:
     buffer = bytearray(CHUNK)
     with file.open("rb", buffering=0) as handle:
-        handle.seek(at)
         while size > 0:
             size -= handle.readinto(memoryview(buffer)[: min(size, CHUNK)]) or size
 
