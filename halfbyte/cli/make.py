@@ -43,6 +43,10 @@ Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How re
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="LIMIT", help="Host memory to solve blocks in (12GiB); none: what is free."),
+]
 Data = Annotated[
     Path | None,
     typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
@@ -58,6 +62,13 @@ def _recipe(name: str | None, overrides: list[str] | None):  # type: ignore[no-u
     if name is None and overrides:
         raise UsageError("--set changes a recipe: name one with -r (halfbyte ls recipes)")
     return load_recipe(name, overrides or []) if name else None
+
+
+def memory_limit(text: str | None) -> int | None:
+    """--memory in bytes."""
+    from halfbyte.experiments.mitigation import parse_bytes
+
+    return parse_bytes(text, "--memory") if text else None
 
 
 def plan(
@@ -144,6 +155,7 @@ def quantize(
     workers: Count = None,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -154,6 +166,7 @@ def quantize(
     from halfbyte.recipe import load_recipe
 
     chosen = load_recipe(recipe, override or [])
+    limit = memory_limit(memory)
     device = device or next(iter(device_list(devices)), None)
     with progress() as shown, solvers(devices, workers, ray, ray_workers, device, shown) as them:
         manifest = make(
@@ -166,6 +179,7 @@ def quantize(
             command=own_command(),
             progress=shown,
             workers=them,
+            memory=limit,
         )
     emit(manifest, style, artifact_words(output, manifest))
 
@@ -208,6 +222,7 @@ def run(
     context: Context = None,
     concurrency: Concurrency = None,
     device: Device = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -235,6 +250,7 @@ def run(
         mitigate=mitigate,
         budget=budget,
         measure=measure,
+        memory=memory_limit(memory),
         data=data,
         limit=limit,
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import MIB, Format, emit, own_command, progress
-from halfbyte.cli.make import Calibration, Device, Force, Model, On, Output, Resume, Style, Text
+from halfbyte.cli.make import Calibration, Device, Force, Memory, Model, On, Output, Resume, Style, Text, memory_limit
 from halfbyte.cli.workers import Ray, RayResources, RayWorkers
 from halfbyte.cli.workers import ray_workers as workers_of
 
@@ -53,6 +53,7 @@ def sweep(
     ray: Ray = None,
     ray_workers: RayWorkers = None,
     ray_resources: RayResources = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -79,6 +80,7 @@ def sweep(
             command=own_command(),
             progress=shown,
             workers=them,
+            memory=memory_limit(memory),
             judged_on=list(them.resources) if them else [],
             bench=bench,
         )

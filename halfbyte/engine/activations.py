@@ -39,6 +39,7 @@ class Activations:
         self.device, self.room = torch.device(device), room or Room()
         self._left = {"host": self.room.host}
         self._homes: list[_Here | _Pinned | _Filed] = []
+        self._last = -1
         self._file: _File | None = None
         self._lanes = _Lanes(self.device) if self.device.type == "cuda" else None
         if self._lanes:
@@ -48,10 +49,11 @@ class Activations:
         return len(self._homes)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Batch `index` on the compute device; the one after it is fetched meanwhile."""
+        """Batch `index` on the compute device; where they are read in order, the one after it is fetched meanwhile."""
         value = self._homes[index].get()
-        if 0 <= index < len(self) - 1:
+        if index in (0, self._last + 1) and index + 1 < len(self):
             self._homes[index + 1].begin()
+        self._last = index
         return value
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:

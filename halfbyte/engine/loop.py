@@ -12,18 +12,20 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from halfbyte.algo import Stats, dequantize
-from halfbyte.engine.activations import Activations, Room
+from halfbyte.engine.activations import Activations
 from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
 from halfbyte.engine.experts import ExpertInputs
 from halfbyte.engine.importance import EXPERTS, Importance, every_token, first_token
+from halfbyte.engine.memory import Fit, fit
 from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.engine.solving import Job, Solving
@@ -109,28 +111,36 @@ def quantize_blocks(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
-    room: Room | None = None,
-) -> None:
+    memory: int | None = None,
+    scratch: Path | None = None,
+) -> list[str]:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
     batch_tokens    of one forward; None: BATCH_TOKENS, by the device
     workers     who solves while the pass goes on; None: this process, on `device`
-    room        for the hidden states between blocks; None: memory, all of it
+    memory      bytes of the host's that the pass may take beyond what the process has; None: a share of what is free
+    scratch     a directory for the hidden states that do not fit (memory.py); None: the system's temporary one
+    Returns notices: what was done to stay within the memory, beyond putting hidden states on disk.
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
     """
     progress = progress or Quiet()
     _refuse(jobs, sequences)
-    run = _Pass(checkpoint, jobs, device, progress, workers, room)
+    tokens = batch_tokens or BATCH_TOKENS[torch.device(device).type]
+    fitted = fit(checkpoint, jobs, sequences, device, tokens, memory, scratch)
+    notices = [fitted.notice] if fitted.notice else []
+    for notice in notices:
+        progress.say(notice)
+    run = _Pass(checkpoint, jobs, device, progress, workers)
     try:
         if sequences is None:
             run.without_data()
         else:
-            run.with_data(sequences, batch_tokens or BATCH_TOKENS[torch.device(device).type])
+            run.with_data(sequences, fitted)
     finally:
         run.solving.keeping.close()
-        run.hidden.close()
+    return notices
 
 
 def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
@@ -153,14 +163,12 @@ class _Pass:
         device: str,
         progress: Progress,
         workers: Workers | None,
-        room: Room | None,
     ):
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
         self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
-        self.hidden = Activations(device, room)
         self.statistics = jobs[0].recipe.statistics if jobs else "all"
         self.gram = any(job.recipe.needs_gram for job in jobs)
 
@@ -176,21 +184,26 @@ class _Pass:
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._finish(None)
 
-    def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
+    def with_data(self, sequences: Sequence[torch.Tensor], fitted: Fit) -> None:
+        with Activations(self.skeleton.device, fitted.room) as hidden:
+            self._with_hidden(sequences, fitted, hidden)
+
+    def _with_hidden(self, sequences: Sequence[torch.Tensor], fitted: Fit, hidden: Activations) -> None:
         count = self.family.num_blocks
         if self.statistics == "sample":
             sequences = sample(sequences, SAMPLE_TOKENS)
-        batches = make_batches(sequences, batch_tokens)
-        hidden, arguments = self.skeleton.embed((ids for ids, _ in batches), self.hidden)
+        batches = make_batches(sequences, fitted.batch_tokens)
+        arguments = self.skeleton.embed((ids for ids, _ in batches), hidden)[1]
         keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
         shapes = [tuple(ids.shape) for ids, _ in batches]
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
         if any(not j.done(HEAD) for j in self._head_jobs()):
             last = count - 1
         if last >= 0 and self.statistics == "weighted":
-            self.importance = every_token(self.skeleton, batches, progress=self.progress)
+            self.importance = every_token(self.skeleton, batches, progress=self.progress, room=fitted.tape)
         elif last >= 0 and self.statistics == "all":
-            self.importance = first_token(self.skeleton, sequences, progress=self.progress)
+            self.importance = first_token(self.skeleton, sequences, progress=self.progress, room=fitted.tape)
+        self.skeleton.drop_head()
         self.progress.start("quantizing", count)
         for index in range(count):
             if index <= last:

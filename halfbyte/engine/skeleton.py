@@ -135,6 +135,10 @@ class Skeleton:
             self._head = self.checkpoint.load(f"{self.family.lm_head}.weight").to(self.device, self.dtype)
         return self._head
 
+    def drop_head(self) -> None:
+        """Let go of lm_head; it is loaded again when logits are asked for."""
+        self._head = None
+
     def load_block(
         self, index: int, given: dict[str, torch.Tensor] | None = None, then: int | None = None
     ) -> nn.Module:

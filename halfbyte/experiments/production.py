@@ -42,6 +42,7 @@ class Production:
     command: str | None
     progress: Progress
     workers: Workers
+    memory: int | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "solving": 0.0, "writing": 0.0})
     sharing: dict[str, int] = field(default_factory=dict)
     measured: bool = False
@@ -92,7 +93,7 @@ class Production:
         whole = True
         for group in groups.values():
             data = self.data[group[0].cell.name]
-            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress, self.workers)
+            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress, self.workers, self.memory)
             whole = whole and not shared.resumed
             if not shared.resumed:
                 for taker in group:

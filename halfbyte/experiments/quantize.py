@@ -47,6 +47,7 @@ def quantize(
     blocks: BlockStore | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
 
@@ -57,6 +58,7 @@ def quantize(
     force         give up what `output_dir` holds
     blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
     workers       who solves while this process takes the statistics; None: this process. The bytes are the same
+    memory        bytes of host memory that the pass over the blocks may take; None: a share of what is free
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
     """
@@ -90,7 +92,16 @@ def quantize(
             if blocks and data:
                 blocks.lend(writer, data.sha256)
             sequences = data.sequences if data else None
-            quantize_blocks(checkpoint, [_job(writer, recipe)], sequences, device, progress=progress, workers=workers)
+            told += quantize_blocks(
+                checkpoint,
+                [_job(writer, recipe)],
+                sequences,
+                device,
+                progress=progress,
+                workers=workers,
+                memory=memory,
+                scratch=writer.partial,
+            )
             if blocks and data:
                 blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)

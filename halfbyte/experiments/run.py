@@ -245,6 +245,7 @@ class _Run:
             command=request.command,
             blocks=self.ground.store if request.mitigate and not self.climb.complete else None,
             progress=self.progress,
+            memory=request.memory,
         )
 
     def _key(self, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def sweep(
     progress: Progress | None = None,
     workers: Workers | None = None,
     judged_on: Sequence[str] = (),
+    memory: int | None = None,
     bench: int | None = None,
 ) -> dict[str, Any]:
     """Make, judge and rank the cells of `matrix` in `output_dir`; returns sweep.json.
@@ -76,6 +77,7 @@ def sweep(
     only          names (or shell patterns) of the cells to take
     force         begin anew: what an earlier sweep left in `output_dir` goes
     workers       who solves, writes and judges (halfbyte.experiments.fanout); None: this process
+    memory        bytes of host memory that the pass over the blocks may take; None: a share of what is free
     judged_on     those of `platforms` whose hardware each cell is judged on, by workers that have it; the first counts
                   for the ranking, and gates must hold on all
     bench         the concurrency at which cells will be benchmarked afterwards (bench_cells), which a gate may name
@@ -117,6 +119,7 @@ def sweep(
     with locked(output):
         _refuse_foreign(output, force)
         run = _Sweep(model, path, chosen, output, {**request, "device": device}, force, command, progress, workers)
+        run.memory = memory
         return run.go(SweepText(path, output / "calibration", text, calibration, device, progress))
 
 
@@ -158,6 +161,7 @@ class _Sweep:
         self.checkpoint = Checkpoint(path)
         self.fingerprint = self.checkpoint.fingerprint()
         self.cells = resolve_cells(matrix, self.checkpoint, self.platforms)
+        self.memory: int | None = None
         self.began = time.monotonic()
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.cost: dict[str, Any] | None = None
@@ -231,6 +235,7 @@ class _Sweep:
             self.command,
             self.progress,
             self.workers,
+            self.memory,
         )
         manifests = made.make()
         self.seconds |= made.seconds

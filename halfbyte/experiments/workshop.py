@@ -45,6 +45,7 @@ class RunRequest:
 
     recipe     None: the plan chooses.  text: empty: the model writes its own
     mitigate   climb the ladder of mitigations when a gate failed; budget: `4.6` or `64MiB` for its last rung
+    memory     bytes of host memory that a pass over the blocks may take; None: a share of what is free
     measure    what to measure beside what gates ask for, by the measurement's name, with what the user said to it
     data       where bundled tasks find their JSONL files; limit: items a task
     """
@@ -64,6 +65,7 @@ class RunRequest:
     mitigate: bool = True
     budget: str | None = None
     measure: Mapping[str, str] = field(default_factory=dict)
+    memory: int | None = None
     data: Path | None = None
     limit: int | None = None
 

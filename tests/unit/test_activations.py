@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import halfbyte.engine.loop as loop_module
 from halfbyte.engine import BlockResult, Job, quantize_blocks
 from halfbyte.engine.activations import Activations, Room
+from halfbyte.engine.memory import Fit
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
 from halfbyte.plan.layers import assign, quantized
@@ -68,19 +70,22 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("propagate", [False, True])
-def test_the_pass_gives_the_same_codes_from_every_tier(propagate: bool, tmp_path: Path) -> None:
+def test_the_pass_gives_the_same_codes_from_every_tier(
+    propagate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = Checkpoint(make_tiny("llama", tmp_path / "model"))
     recipe = Recipe.model_validate({"group_size": 32, "method": "gptq", "propagate": propagate})
     g = torch.Generator().manual_seed(0)
     data = [torch.randint(0, VOCAB, (n,), generator=g) for n in (40, 40, 33, 20, 7)]
 
-    def run(room: Room | None) -> dict[int, BlockResult]:
+    def run(room: Room) -> dict[int, BlockResult]:
+        monkeypatch.setattr(loop_module, "fit", lambda *_: Fit(80, room, room))
         kept: dict[int, BlockResult] = {}
         job = Job(recipe, quantized(assign(recipe, checkpoint)), kept.__contains__, kept.__setitem__)
-        quantize_blocks(checkpoint, [job], data, batch_tokens=80, room=room)
+        quantize_blocks(checkpoint, [job], data)
         return kept
 
-    whole, spilled = run(None), run(Room(0, 0, tmp_path / "scratch"))
+    whole, spilled = run(Room()), run(Room(0, 0, tmp_path / "scratch"))
     assert (tmp_path / "scratch").is_dir() and not os.listdir(tmp_path / "scratch")
     for index, block in whole.items():
         for name, one in block.linears.items():
