@@ -139,13 +139,16 @@ class Engine:
 class Work:
     """What every engine is asked: `points` [{name, prompts, input, output}], each `repeats` times.
 
-    timeout   seconds for an engine to load, and again to be timed; timing: what is kept back for each engine's timing
+    timeout   seconds for an engine to load, and again to be timed
+    loading   seconds that a round's engines take to load together; timing: what each takes then. A round has as many
+              engines on a card as there is time for
     """
 
     points: Sequence[dict[str, Any]]
     repeats: int
     vocab: int
     timeout: float = 420.0
+    loading: float = 120.0
     timing: float = 40.0
 
 
@@ -243,11 +246,17 @@ def run_engines(
     deadline   of time.monotonic(): no round begins with less than `least` seconds left, and what runs then is ended
     after      called after each measured engine, with nothing: the place to write results
     """
-    for lanes in rounds(engines, len(gpus), gib, abreast):
-        if time.monotonic() + least > deadline:
-            for engine in (engine for lane in lanes for engine in lane):
+    waiting = list(engines)
+    while waiting:
+        left = deadline - time.monotonic()
+        if left < least:
+            for engine in waiting:
                 engine.reason = "the time was over before it began"
-            continue
+            return
+        fitting = min(abreast, max(1.0, (left - work.loading) / work.timing))
+        lanes = next(rounds(waiting, len(gpus), gib, int(fitting)))
+        taken = [engine for lane in lanes for engine in lane]
+        waiting = [engine for engine in waiting if engine not in taken]
         say("loading " + "; ".join(f"{g or 'cpu'}: {', '.join(e.name for e in lane)}" for g, lane in zip(gpus, lanes)))
         running: list[list[Running]] = [[] for _ in lanes]
         try:

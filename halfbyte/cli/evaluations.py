@@ -136,7 +136,7 @@ def _check(asked: Asked) -> None:
 
 
 def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown: TerminalProgress) -> Pair:
-    from halfbyte.artifact import load_fake_quantized
+    from halfbyte.artifact import load_fake_quantized, work_of
     from halfbyte.evaluate.pair import Pair, Serving
     from halfbyte.evaluate.speed_machine import platform_here
     from halfbyte.experiments.quantize import load_model, load_tokenizer
@@ -151,10 +151,11 @@ def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown
         find_vllm(asked.vllm)
         path = resolve_model(name, shown)
         serving = Serving(logs, asked.on or platform_here(), asked.vllm)
-        return Pair(path, directory, load_tokenizer(path), names, serving)
+        return Pair(path, directory, load_tokenizer(path), names, serving, work_of(directory))
     path = resolve_model(name, shown)
     quantized = load_fake_quantized(directory, device=asked.device)
-    return Pair(load_model(path, asked.device), quantized, load_tokenizer(path), names)
+    bf16 = load_model(path, asked.device)
+    return Pair(bf16, quantized, load_tokenizer(path), names, work=work_of(directory))
 
 
 def _measure(pair: Pair, asked: Asked, output: Path | None, shown: TerminalProgress) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,17 +61,25 @@ def sensitivity(
             dtype=dtype.value,
             progress=shown,
         )
-    emit(result, style, _words(result, model, recipe, output))
+    emit(result, style, _words(result, model, _spelled(recipe, override, calibration), output))
 
 
-def _words(result: dict[str, Any], model: str, recipe: str, output: Path | None) -> str:
+def _spelled(recipe: str, override: list[str] | None, calibration: list[Path] | None) -> tuple[str, str]:
+    """The words of the next command: those that name the recipe, and those that name the calibration text."""
+    changed = [word for value in override or [] for word in ("--set", value)]
+    text = [word for path in calibration or [] for word in ("--calibration", str(path))]
+    return shlex.join(["-r", recipe, *changed]), shlex.join(text)
+
+
+def _words(result: dict[str, Any], model: str, given: tuple[str, str], output: Path | None) -> str:
+    recipe, text = given[0], f" {given[1]}" if given[1] else ""
     lines = [_text_line(result), "", *_table(result["groups"])]
     if output:
         lines.append(f"all of them: {output / 'sensitivity.json'}")
     if "budget" in result:
-        lines += ["", *_budget_lines(result["budget"], model, output)]
+        lines += ["", *_budget_lines(result["budget"], model, text, output)]
     else:
-        lines.append(f"next: halfbyte sensitivity {model} -r {recipe} --budget BITS -o DIR")
+        lines.append(f"next: halfbyte sensitivity {model} {recipe}{text} --budget BITS -o DIR")
     return "\n".join(lines)
 
 
@@ -95,7 +104,7 @@ def _table(groups: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _budget_lines(chosen: dict[str, Any], model: str, output: Path | None) -> list[str]:
+def _budget_lines(chosen: dict[str, Any], model: str, text: str, output: Path | None) -> list[str]:
     from halfbyte.experiments.exemptions import RECIPE, recipe_text
 
     added = chosen["bytes_added"] / MIB
@@ -107,4 +116,4 @@ def _budget_lines(chosen: dict[str, Any], model: str, output: Path | None) -> li
     lines.append(f"predicted: KL {saved} saved; lone KLs summed, so a prediction: measure with `halfbyte eval`")
     if output is None:
         return [*lines, "", recipe_text(chosen)]
-    return [*lines, f"next: halfbyte quantize {model} -r {output / RECIPE} -o MODEL_DIR"]
+    return [*lines, f"next: halfbyte quantize {model} -r {output / RECIPE}{text} -o MODEL_DIR"]

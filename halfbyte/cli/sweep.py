@@ -145,8 +145,7 @@ def _last(result: dict[str, Any], output: Path) -> str:
     doubts = [] if best["accepted"] else ["no cell passes the gates"]
     doubts += [] if best["portable"] else ["not every platform named serves it"]
     said = f" ({'; '.join(doubts)})" if doubts else ""
-    on = "" if platform == "cpu" else f" --on {platform}"
-    return f"best: {best['cell']}{said} in {path}; next: halfbyte check {path} --serve{on}"
+    return f"best: {best['cell']}{said} in {path}; next: halfbyte check {path} --serve --on {platform}"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -186,7 +186,7 @@ def _absorb(
         result.tensors[f"{prefix}{fold.norm}.weight"] = torch.where(usable, new, old)
         return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(s))
     weight = weights[fold.linear]
-    rows = _rows(fold, family, len(weight))
+    rows = family.rows_of(fold, len(weight))
     per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s
     weights[fold.linear] = weight.float().clone()
     weights[fold.linear][rows] /= per_row[:, None]
@@ -197,11 +197,3 @@ def _absorb(
         new[rows] /= per_row
         result.tensors[prefix + bias] = new.to(old.dtype)
     return s
-
-
-def _rows(fold: Fold, family: Family, out_features: int) -> slice:
-    if fold.part == "v":
-        return slice((family.num_heads + family.num_kv_heads) * family.head_dim, out_features)
-    if fold.part == "up":
-        return slice(out_features // 2, out_features)
-    return slice(0, out_features)

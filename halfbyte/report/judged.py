@@ -1,25 +1,13 @@
-"""The judgement: gates with their margins, which of them bound, and what was done to pass them."""
+"""The judgement: gates with their margins, and which of them bound."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from halfbyte.report import plots
-from halfbyte.report.blocks import Block, Cell, Missing, Section, Words, left, picture, right, table
+from halfbyte.report.blocks import Cell, Missing, Section, Words, left, picture, right, table
 from halfbyte.report.sources import Sources
-from halfbyte.report.words import (
-    MISSING,
-    dig,
-    listing,
-    mapping,
-    number,
-    percent,
-    plural,
-    seconds,
-    significant,
-    size,
-    text,
-)
+from halfbyte.report.words import MISSING, listing, mapping, number, percent, significant, text
 
 STATUSES = {"passed": "passed", "failed": "failed"}
 VERDICTS = {
@@ -144,79 +132,3 @@ def binding_words(judgement: dict[str, Any]) -> str:
     if share < 0:
         return f"{held}; over the limit by {margin_words(row).removeprefix('-')}."
     return f"{held}; {margin_words(row)} to spare, {share:.0%} of the budget."
-
-
-def mitigation(sources: Sources) -> Section | None:
-    """The ladder: what was changed rung by rung, what it cost and what it did."""
-    rungs = [mapping(rung) for rung in listing(sources.mitigation.get("ladder"))]
-    if not rungs:
-        return None
-    gates_named = list(
-        dict.fromkeys(name for r in rungs for side in ("before", "after") for name in mapping(r.get(side)))
-    )
-    columns = [
-        left("Rung"),
-        left("Change", wide=True),
-        right("Took"),
-        right("Bytes"),
-        *(right(name) for name in gates_named),
-        left("Outcome", wide=True),
-    ]
-    rows = [_rung(rung, gates_named, _limits(sources.gates)) for rung in rungs]
-    blocks: list[Block] = [
-        table(columns, rows, stack=True),
-        Words("One rung after the other until the gates hold; a gate's value before → after it.", soft=True),
-    ]
-    final = _final(sources.mitigation)
-    blocks += [Words(f"In the end: {final}")] if final else []
-    return Section("mitigation", "What was done to pass", blocks, "Mitigation")
-
-
-def _final(mitigation: dict[str, Any]) -> str:
-    final = mitigation.get("final")
-    return text(final.get("text") or final.get("verdict"), "") if isinstance(final, dict) else text(final, "")
-
-
-def _rung(rung: dict[str, Any], names: list[str], spelled: dict[str, Any]) -> list[Cell | str]:
-    words = "; ".join(f"{key}: {_from_to(value)}" for key, value in mapping(rung.get("changes")).items()) or "–"
-    added, spent = number(dig(rung, "cost", "bytes_added")), number(dig(rung, "cost", "seconds"))
-    kept = rung.get("kept")
-    return [
-        Cell(text(rung.get("title") or rung.get("rung")), note=text(rung.get("why"), "")),
-        Cell(words, code=True),
-        "–" if spent is None else seconds(spent),
-        "–" if added is None else f"{'−' if added < 0 else '+'}{size(abs(added))}",
-        *(_effect(rung, name, spelled.get(name, significant)) for name in names),
-        Cell("kept" if kept else "not kept", status="passed" if kept else "open", note=text(rung.get("verdict"), "")),
-    ]
-
-
-def _from_to(value: Any) -> str:
-    pair = listing(value)
-    if len(pair) != 2:
-        return text(value)
-    if all(isinstance(side, list) for side in pair):
-        return ", ".join(f"+{text(one)}" for one in pair[1] if one not in pair[0]) or "fewer"
-    return f"{text(pair[0])} → {text(pair[1])}"
-
-
-def _effect(rung: dict[str, Any], name: str, show: Any) -> str:
-    before, after = (number(dig(rung, side, name)) for side in ("before", "after"))
-    return "–" if after is None else " → ".join(show(x) for x in (before, after) if x is not None)
-
-
-def _limits(judgement: dict[str, Any]) -> dict[str, Any]:
-    return {text(row.get("name")): spelling(row) for row in map(mapping, listing(judgement.get("gates")))}
-
-
-def mitigation_words(sources: Sources) -> str:
-    """What was done, in a sentence; empty without a ladder."""
-    rungs = [mapping(rung) for rung in listing(sources.mitigation.get("ladder"))]
-    if not rungs:
-        return ""
-    kept = [rung for rung in rungs if rung.get("kept")]
-    added = sum(number(dig(rung, "cost", "bytes_added")) or 0.0 for rung in kept)
-    spent = sum(number(dig(rung, "cost", "seconds")) or 0.0 for rung in rungs)
-    what = ", ".join(text(rung.get("title") or rung.get("rung")) for rung in kept) or "none"
-    more = f"; +{size(added)}" if added > 0 else ""
-    return f"{plural(len(rungs), 'rung')} tried in {seconds(spent)}, kept: {what}{more}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from halfbyte.report import front, judged, long_context, provenance, quality, sound, speed, tasks, weights
+from halfbyte.report import front, judged, ladder, long_context, provenance, quality, sound, speed, tasks, weights
 from halfbyte.report.blocks import Missing, Page, Pairs, Section
 from halfbyte.report.sources import Sources
 from halfbyte.report.words import MISSING, change, dig, measure, percent, shown, significant, text
@@ -12,7 +12,7 @@ from halfbyte.report.words import MISSING, change, dig, measure, percent, shown,
 Builder = Callable[[Sources], Section | Missing | None]
 SECTIONS: tuple[Builder, ...] = (
     judged.gates,
-    judged.mitigation,
+    ladder.mitigation,
     provenance.serve,
     front.run_front,
     quality.fidelity,
@@ -55,7 +55,7 @@ def run_page(sources: Sources) -> Page:
 def _facts(sources: Sources, missing: Sequence[Missing]) -> Pairs:
     told = [
         ("What bound", judged.binding_words(sources.gates)),
-        ("What was done", judged.mitigation_words(sources)),
+        ("What was done", ladder.mitigation_words(sources)),
         ("Not measured", "; ".join(one.what[:1].lower() + one.what[1:] for one in missing)),
     ]
     return [(label, words) for label, words in told if words]

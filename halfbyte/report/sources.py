@@ -41,7 +41,7 @@ COMMANDS = {
     "calibration": "halfbyte calibrate -m {baseline} -o calibration",
 }
 """What makes each result, in the run's directory."""
-MEASURED = ("tasks", "long_context", "stability")
+MEASURED = ("tasks", "chat", "long_context", "stability")
 """Results that name the work of the artifact that they tell of; benches do, too."""
 MANIFEST = "halfbyte.json"
 RESULTS = "-results"

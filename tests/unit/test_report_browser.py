@@ -117,7 +117,7 @@ def test_the_pages_are_drawn_and_legible(view: tuple[Seen, list[str], bool]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("run", {"field": 16, "heat": 2, "bullet": 9, "bar": 2}), ("sweep", {"field": 11})]
+    ("name", "least"), [("run", {"field": 18, "heat": 2, "bullet": 9, "bar": 2}), ("sweep", {"field": 11})]
 )
 def test_every_picture_is_there(view: tuple[Seen, list[str], bool], name: str, least: dict[str, int]) -> None:
     for width in WIDTHS:

@@ -114,6 +114,28 @@ def test_what_was_done_is_told_first_and_as_a_table(tmp_path: Path) -> None:
     assert "ignore: +a.b" in text and "In the end: kept x" in text
 
 
+def test_the_ladder_is_drawn_towards_the_limits(tmp_path: Path) -> None:
+    """A curve of what was kept, marks of what was given up, the limit; while a climb goes on its own rows say which."""
+    run = files.write_run(tmp_path)
+    drawn = charts(section(run_page(read_sources(run)), "mitigation"))
+    assert [chart["title"] for chart in drawn] == ["ppl by rung", "top1 by rung"]
+    ppl = drawn[0]
+    assert [column["label"] for column in ppl["columns"]] == ["start", "1", "2", "3"]
+    assert [mark["title"] for mark in ppl["marks"]] == [
+        "kept, start: +23.1%",
+        "kept, 1: +18.7%",
+        "kept, 3: +10.3%",
+        "given up, 2: +18.8%",
+    ]
+    assert ppl["rules"][0]["label"].startswith("the limit: +")
+    (run / "gates.json").unlink()
+    row = {"name": "ppl", "limit": "+5%", "value": 0.231, "low": 0.2, "high": 0.26}
+    begun = {**files.mitigation(), "start": {"gates": [row]}, "final": None}
+    (run / "mitigation.json").write_text(json.dumps(begun))
+    ppl = charts(section(run_page(read_sources(run)), "mitigation"))[0]
+    assert ppl["rules"][0]["label"] == "the limit: +5%" and ppl["marks"][0]["title"].endswith("(+20.0% to +26.0%)")
+
+
 def test_every_result_that_is_missing_has_its_command(tmp_path: Path) -> None:
     run = files.write_run(tmp_path)
     for file in [*run.glob("*.json"), *run.rglob("manifest.json")]:

@@ -180,6 +180,12 @@ def test_the_command(model: Path, tmp_path: Path, capsys: Any) -> None:
     assert "quantized alone" in shown and "method: rtn" in shown and "a prediction" in shown
     assert halfbyte(*words, "--budget", "7", "-o", tmp_path / "out", "--format", "json") == 0
     result = json.loads(capsys.readouterr().out)
+    assert halfbyte(*words, "--budget", "7", "-o", tmp_path / "out") == 0
+    follow = f"next: halfbyte quantize {model} -r {tmp_path / 'out' / 'recipe.yaml'} --calibration {data} -o MODEL_DIR"
+    assert capsys.readouterr().out.splitlines()[-1] == follow, "the recipe was chosen with that text"
+    assert halfbyte(*words) == 0
+    follow = f"next: halfbyte sensitivity {model} -r B3 --set method=rtn --calibration {data} --budget BITS -o DIR"
+    assert capsys.readouterr().out.splitlines()[-1] == follow
     assert result == json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert (tmp_path / "out" / "recipe.yaml").read_text() == recipe_text(result["budget"])
     assert halfbyte(*words, "--budget", "3") == 2
