@@ -66,8 +66,18 @@ class Need:
         return ", ".join([*words, f"{max(self.forward, self.solve) / GIB:.2f} GiB to run and solve it"])
 
 
-def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens: int, data: bool = True) -> Need:
-    """What a pass takes: `tokens` of calibration in all, `batch_tokens` at a time; without `data`, data-free."""
+def need(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    tokens: int,
+    batch_tokens: int,
+    data: bool = True,
+    thrifty: bool = True,
+) -> Need:
+    """What a pass takes: `tokens` of calibration in all, `batch_tokens` at a time; without `data`, data-free.
+
+    thrifty    whether large linears are solved in the ways that save memory, as on a CPU
+    """
     family = family_of(checkpoint.config)
     linears = {name for job in jobs for name in job.schemes}
     waiting = [i for i in range(family.num_blocks) if any(not job.done(i) for job in jobs)] or [0]
@@ -89,7 +99,9 @@ def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens:
             scaled += square if awq and group.expert is None else 0
             outputs += 2 * count
             widest = max(widest, width)
-            work = max(work, _solve(width, count, square, awq) + (3 * square if group.expert is not None else 0))
+            work = max(
+                work, _solve(width, count, square, awq, thrifty) + (3 * square if group.expert is not None else 0)
+            )
         kept = 2 * tokens * family.hidden_size if family.mixture(index) and data else 0
         statistics = max(statistics, summed + kept)
         solve = max(solve, work + scaled + outputs)
@@ -116,10 +128,10 @@ def _block(checkpoint: Checkpoint, family: Family, index: int):  # type: ignore[
             yield name.removeprefix(prefix), (info.shape, 2 * count + (info.nbytes if info.dtype != "BF16" else 0))
 
 
-def _solve(width: int, count: int, square: int, awq: bool) -> int:
+def _solve(width: int, count: int, square: int, awq: bool, thrifty: bool) -> int:
     """Bytes of solving one group of `count` weights with inputs of `width`."""
-    rows = min(count, PIECE) if count > LARGE else count
-    factor = square * (1 if width > WIDE else 4)
+    rows = min(count, PIECE) if thrifty and count > LARGE else count
+    factor = square * (1 if thrifty and width > WIDE else 4)
     return factor + square // 2 + 4 * rows * 7 + (4 * count * 3 if awq else 0)
 
 
@@ -229,5 +241,5 @@ def _on_gpu(
 ) -> Room:
     """There the host holds hidden states alone, page-locked; the card holds them as far as a pass leaves it room."""
     free, _ = torch.cuda.mem_get_info(device)
-    takes = need(checkpoint, jobs, tokens, batch_tokens)
+    takes = need(checkpoint, jobs, tokens, batch_tokens, thrifty=False)
     return Room(max(0, int(SHARE * free) - 2 * takes.weights - takes.total), limit, scratch)

@@ -87,6 +87,7 @@ def test_what_a_pass_needs_grows_with_what_it_holds(tmp_path: Path) -> None:
     solved = need(dense, [gptq], 65_536, 4096)
     assert solved.statistics == grams and block <= solved.weights <= block * 1.01
     assert solved.solve > 4 * 28672**2 + 2 * 28672**2, "a factor, and the Gram matrix in 16 bits"
+    assert need(dense, [gptq], 65_536, 4096, thrifty=False).solve > solved.solve + 3 * 4 * 28672**2
     assert need(dense, [rtn], 0, 4096, data=False).total < solved.total / 2
     mixture = job(sparse, method="gptq", scaling="none")
     more, less = (need(sparse, [mixture], tokens, 4096) for tokens in (131_072, 65_536))
