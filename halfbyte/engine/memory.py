@@ -33,6 +33,7 @@ from halfbyte.engine.importance import BATCH, TOKENS
 from halfbyte.engine.solving import Job
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint, Family, family_of
+from halfbyte.plan.text import human_size
 
 SHARE = 0.8
 """Of the memory that is free, without a limit from the user."""
@@ -42,7 +43,6 @@ RETURNED = 1 << 20
 """Under a limit, pieces of memory of so many bytes go back to the system as soon as they are free. The allocator would
 keep more and more of them: 90 MiB where tensors of 4 MiB came and went."""
 _M_MMAP_THRESHOLD = -3
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Need:
 
     def __str__(self) -> str:
         parts = (("block", self.weights), ("statistics", self.statistics))
-        words = [f"{size / GIB:.2f} GiB {name}" for name, size in parts]
-        return ", ".join([*words, f"{max(self.forward, self.solve) / GIB:.2f} GiB to run and solve it"])
+        words = [f"{human_size(size)} {name}" for name, size in parts]
+        return ", ".join([*words, f"{human_size(max(self.forward, self.solve))} to run and solve it"])
 
 
 def need(
@@ -210,13 +210,13 @@ def fit(
         wanted = need(checkpoint, jobs, tokens, batch_tokens, sequences is not None)
     notice = ""
     if wanted.total > limit:
-        least = f"it needs some {wanted.total / GIB:.2f} GiB ({wanted})"
+        least = f"it needs some {human_size(wanted.total)} ({wanted})"
         if stated:
-            raise HalfbyteError(f"--memory of {limit / GIB:.2f} GiB is too little for this model and recipe: {least}")
-        notice = f"{limit / GIB:.1f} GiB of memory are free to use, which may be too little for this model: {least}"
+            raise HalfbyteError(f"--memory of {human_size(limit)} is too little for this model and recipe: {least}")
+        notice = f"{human_size(limit)} of memory is free to use, which may be too little for this model: {least}"
     elif batch_tokens < asked:
         notice = (
-            f"batches of {batch_tokens:,} tokens, not {asked:,}, to stay within {limit / GIB:.2f} GiB: sums may be "
+            f"batches of {batch_tokens:,} tokens, not {asked:,}, to stay within {human_size(limit)}: sums may be "
             "rounded otherwise"
         )
     left = max(0, limit - wanted.total)

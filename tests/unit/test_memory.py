@@ -34,9 +34,9 @@ def job(checkpoint: Checkpoint, **settings: object) -> Job:
 
 def test_the_limit_holds_and_the_bytes_are_the_same(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "wide", **WIDE)
-    large = random_set(tokens=131_072, longest=256).save(tmp_path / "large")
+    large = random_set(tokens=98_304, longest=256).save(tmp_path / "large")
     small = random_set(tokens=2048, longest=256).save(tmp_path / "small")
-    limit = 192 * MIB
+    limit = 176 * MIB
     words = [sys.executable, "-m", "tests.unit.memory_worker", model, large, small, tmp_path / "out", "none", limit]
     ended = subprocess.run(
         [str(word) for word in words],
