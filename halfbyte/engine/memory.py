@@ -6,7 +6,7 @@ Everything is worked out from headers, in bytes, for the block that takes most:
     statistics   4 I^2 for each Gram matrix, which stays until the block is solved; in a mixture, the experts' inputs
     a forward    what the block's own steps hold of one batch, and the inputs in float32 that are squared and summed
     a solve      a Hessian's factor and what making it takes (WIDE: in place), half a Gram matrix in 16 bits, the rows
-                 in work in float32, the codes and their packed form
+                 in work in float32, the codes and their packed form; factors stay for the recipes that come after
 
 All of that stays in memory; the hidden states between blocks take what is left, and go to disk beyond it. Where not
 even the rest is left, batches are made smaller, down to one sequence: other batches round sums otherwise, so this is
@@ -88,7 +88,7 @@ def need(
     awq = any(j.recipe.scaling == "awq" for j in jobs)
     statistics = solve = forward = 0
     for index, tensors in zip(waiting, shapes):
-        summed, scaled, work, outputs, widest = 0, 0, 0, 0, 0
+        summed, scaled, work, outputs, widest, largest = 0, 0, 0, 0, 0, 0
         for group in family.groups_of(index):
             if f"{family.block(index)}.{group.names[0]}" not in linears:
                 continue
@@ -99,12 +99,13 @@ def need(
             scaled += square if awq and group.expert is None else 0
             outputs += 2 * count
             widest = max(widest, width)
+            largest = max(largest, square if group.expert is None else 0)
             work = max(
                 work, _solve(width, count, square, awq, thrifty) + (3 * square if group.expert is not None else 0)
             )
         kept = 2 * tokens * family.hidden_size if family.mixture(index) and data else 0
         statistics = max(statistics, summed + kept)
-        solve = max(solve, work + scaled + outputs)
+        solve = max(solve, work + scaled + outputs + summed - largest)
         forward = max(forward, _forward(checkpoint, family, widest, batch_tokens, gram) if data else 0)
     if data:
         head = 0 if family.tied else 2 * checkpoint.config["vocab_size"] * family.hidden_size
