@@ -11,14 +11,14 @@ _M_MMAP_THRESHOLD = -3
 
 
 def return_at_once() -> None:
-    """From now on large pieces go back to the system as soon as they are free. The allocator would keep more and more of
-    them: 90 MiB where tensors of 4 MiB came and went. Costs time: new pages are zeroed each time."""
+    """From now on large pieces go back to the system as soon as they are free. The allocator would keep more and more
+    of them: 90 MiB where tensors of 4 MiB came and went. Costs time: new pages are zeroed each time."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED)
 
 
 def trim() -> None:
-    """Give back what is free now. Small tensors that stay pin large holes between them: without this, weighing 16 batches
-    of tokens with gradients on a model of 135M weights took 8 GB instead of 2.5; a call takes about 0.1 s."""
+    """Give back what is free now. Small tensors that stay pin large holes between them: weighing five batches of 1,024
+    tokens on a model of 135M weights left 1,561 MiB resident, and 542 with this after each; a call takes about 0.1 s."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
