@@ -191,7 +191,7 @@ def tf32_row(name: str, W: torch.Tensor, stats: Stats, scales: Scales, factor: A
 def factor_row(model: str, stats: Stats) -> tuple[Any, dict[str, Any]]:
     assert stats.gram_II is not None
     factor, seconds = timed(lambda: factorize(stats.gram_II, 0.05), 2)
-    return factor, row("factorize", model, f"{len(factor.upper)}", "", None, seconds, None, None)
+    return factor, row("factorize", model, f"{len(factor.feedback)}", "", None, seconds, None, None)
 
 
 def sweep(W: torch.Tensor, scales: Scales, factor: Any) -> None:
@@ -199,7 +199,7 @@ def sweep(W: torch.Tensor, scales: Scales, factor: Any) -> None:
     from halfbyte.algo.kernels.columns import round_columns
 
     def run(rows: int, warps: int) -> torch.Tensor:
-        return round_columns(W, scales.effective, None, factor.upper, factor.order, "int4_sym", rows, warps)
+        return round_columns(W, scales.effective, None, factor.feedback, factor.order, "int4_sym", rows, warps)
 
     for rows, warps in ((2, 1), (4, 1), (8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 4)):
         run(rows, warps)

@@ -1,231 +1,404 @@
-"""Serving speed of BF16, GPTQ, AWQ and NVFP4 by kernel on this machine, as a table and as evidence for plan and serve.
+"""Serving speed of BF16, GPTQ, AWQ and NVFP4 by kernel and KV cache, as a table and as evidence for plan and serve.
 
-    python benchmarks/gpu/serving.py [MODEL] -o DIR [--on h100] [--levels 1,4,16,64,128,256] [--vllm PATH] [--json FILE]
+    python benchmarks/gpu/serving.py [MODEL] -o DIR [--configs bf16 gptq …] [--kv auto fp8] [--gpus 0,1] [--json FILE]
     python benchmarks/gpu/serving.py --dry -o DIR        the same on this CPU with a tiny model: does it work?
 
 MODEL is a directory or a hub id, or random:8b or random:32b: a model of that shape with random weights, for machines
-without network (speed does not depend on what weights say). Each format is quantized once (nearest rounding: speed does
-not depend on the method either), then `halfbyte bench` measures it with every kernel and KV cache that the platform's
-data names (`tune`), beside BF16, at each concurrency, and long prompts. BF16 is measured once. It goes on where it was
-when it is interrupted. In DIR: the models, a bench.json for each format, serving.json with all of it, and evidence.json
-(halfbyte plan, serve: --evidence). Needs vLLM (in an environment of its own), a GPU and, for 8B, 40 GiB of disk.
+without network (speed does not depend on what weights say). Several engines load at once on a card, as many as its
+memory holds; when all are ready, each is timed alone: N sequences of 128 tokens in and 128 out that start together, at
+each N, and long prompts. In order of importance, so that a run that is cut short is still of use: BF16, GPTQ, NVFP4 in
+Humming, AWQ, NVFP4 in Marlin, with the KV cache of 16 bits, then with FP8. What was timed is kept and not timed again.
+In DIR: serving.json, and evidence.json (halfbyte plan, serve: --evidence). 8B takes 35 GiB of disk (or of /dev/shm).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu.common import (
+    GIB,
+    Engine,
+    Work,
+    card_gib,
+    card_name,
+    cards,
+    engine_words,
+    markdown,
+    middle,
+    read_lines,
+    run_engines,
+    say,
+)
+from benchmarks.gpu.shapes import Packing, is_random, packed_model, random_model
+from halfbyte import quantize
 from halfbyte.calibration import CalibrationSet
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
-from halfbyte.models import resolve_model
+from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.platforms import Platform, load_platform
+from halfbyte.platforms.base import within
 from halfbyte.platforms.evidence import read_table
-from halfbyte.serving import find_vllm
+from halfbyte.recipe.loader import recipe_from_mapping
+from halfbyte.serving import VllmInstall, declared_variant, find_vllm
 
-ROOT = Path(__file__).resolve().parents[2]
-SHAPES = {
-    "random:tiny": (128, 256, 2, 4, 2, 512),
-    "random:8b": (4096, 14336, 32, 32, 8, 128256),
-    "random:32b": (5120, 27648, 64, 40, 8, 152064),
+PACKINGS = {
+    "gptq": Packing("gptq", "int4_sym", 128),
+    "awq": Packing("awq", "int4_asym", 128),
+    "nvfp4": Packing("modelopt", "nvfp4", 16, "fp4"),
 }
-"""hidden, intermediate, blocks, heads, key/value heads, vocabulary; 8b is Llama-3.1-8B's, 32b Qwen2.5-32B's."""
-FORMATS = {
-    "gptq": {"method": "rtn", "group_size": 128},
-    "awq": {"method": "rtn", "grid": "int4_asym", "format": "awq", "group_size": 128},
-    "modelopt": {"method": "nvfp4", "rounding": "rtn", "group_size": 16, "activations": "fp4"},
+CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bf16": ("bf16", ()),
+    "gptq": ("gptq", ()),
+    "nvfp4-humming": ("nvfp4", ("--linear-backend", "humming")),
+    "awq": ("awq", ()),
+    "nvfp4-marlin": ("nvfp4", ()),
 }
-COMPARED = ("--linear-backend", "--kv-cache-dtype")
-SEQUENCES, LENGTH = 64, 64
-"""Random token ids that NVFP4's input scales are taken from."""
+"""What is timed, by importance: the model, and words that choose its kernel. What NVFP4 gets by itself is Marlin before
+vLLM 0.32 (the log says); W4A16_NVFP4 gets it there whatever one says."""
+METHODS = {"bf16": "bf16", "gptq": "gptq", "awq": "awq", "nvfp4": "nvfp4"}
+PREFILL, PREFILL_PROMPTS = "prefill", 16
+ROOM_GIB = 3.5
+"""What an engine takes beside weights and KV cache: CUDA's context, activations, graphs."""
 
 
-def main() -> None:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="random:8b")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--on", default="h100")
+    parser.add_argument("--configs", nargs="+", default=None, help=f"{', '.join(CONFIGS)}; more by --on (tune)")
+    parser.add_argument("--kv", nargs="+", choices=["auto", "fp8"], default=["auto", "fp8"])
     parser.add_argument("--levels", default="1,4,16,64,128,256")
+    parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the long prompts; 0: none")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=None)
-    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--gpus", default=None)
+    parser.add_argument("--abreast", type=int, default=4, help="engines that share a card while they load")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins that could not end")
+    parser.add_argument("--least", type=float, default=200, help="seconds that a round takes at least")
     parser.add_argument("--vllm", default=None)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--dry", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.dry:
-        args.model, args.on, args.levels, args.repeats, args.requests, args.prefill = (
-            "random:tiny",
-            "cpu",
-            "1,2",
-            2,
-            2,
-            0,
-        )
+        args.model, args.on, args.levels, args.prefill, args.repeats = "random:tiny", "cpu", "1,2", 32, 2
+        args.tokens, args.kv, args.abreast, args.least = "16,8", ["auto"], 2, 0.0
+    return args
+
+
+def main() -> None:
+    args = parse()
     try:
         result = run(args)
+        print("\n".join(table(result)), flush=True)
+        if result["evidence"]:
+            read_table(args.output / "evidence.json")
     except HalfbyteError as error:
         sys.exit(f"serving.py: {error}")
-    write_json(args.json or args.output / "serving.json", result)
-    print("\n".join(table(result)))
+    sys.exit(0 if all(row["status"] == "ok" for row in result["rows"]) else 1)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Make what is missing, bench it, gather the results."""
+    """Time what is missing; serving.json and evidence.json are whole after every engine."""
+    deadline = time.monotonic() + args.seconds
     platform, install = load_platform(args.on), find_vllm(args.vllm)
-    place = make_directory(args.output)
-    base = random_model(place / "bf16", args.model) if args.model in SHAPES else resolve_model(args.model)
-    calibration = random_tokens(place / "calibration", base)
-    benches: dict[str, Any] = {}
-    for name, recipe in FORMATS.items():
-        if not platform.support(name, "NVFP4" if name == "modelopt" else None).loads:
-            continue
-        artifact, out = place / name, place / f"{name}-bench"
-        write_json(place / f"{name}.recipe.yaml", recipe)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        words = ["-r", place / f"{name}.recipe.yaml", "--calibration", calibration, "--device", device, "-o", artifact]
-        halfbyte("quantize", base, *words)
-        share_baseline(place, out)
-        halfbyte("bench", artifact, *bench_words(args, base, out, place, platform, name, install.version))
-        benches[name] = json.loads((out / "bench.json").read_text(encoding="utf-8"))
-    evidence = merged([place / f"{name}.evidence.json" for name in benches])
-    write_json(place / "evidence.json", evidence)
-    read_table(place / "evidence.json")
-    return {"schema": 1, "kind": "gpu-serving", "model": args.model, "benches": benches}
+    place, gpus = make_directory(args.output), cards(args.gpus)
+    points, levels = points_of(args)
+    base = None if is_random(args.model) else resolve_model(args.model)
+    config = shape_config(args.model, base)
+    configs = chosen(configs_of(platform, install.version), args.configs)
+    engines = [
+        engine_of(name, *choice, kv, place, config, points) for kv in args.kv for name, choice in configs.items()
+    ]
+    done = earlier(engines, place, points)
+    lock = Lock()
 
+    def write() -> None:
+        with lock:
+            result = gathered(args, engines, platform, install, config, levels)
+            write_json(args.json or place / "serving.json", result)
+            if result["evidence"]:
+                write_json(place / "evidence.json", result["evidence"])
 
-def bench_words(
-    args: argparse.Namespace, base: Path, out: Path, place: Path, platform: Platform, name: str, version: str
-) -> Iterator[object]:
-    """The words of `halfbyte bench` for a format: every kernel and KV cache that the platform's data names."""
-    yield from ("--baseline", base, "--on", platform.name, "--concurrency", args.levels, "--repeats", args.repeats)
-    yield from ("--prefill", args.prefill, "-o", out, "--evidence", place / f"{name}.evidence.json")
-    yield from ("--requests", args.requests) if args.requests else ()
-    yield from ("--vllm", args.vllm) if args.vllm else ()
-    for knob in platform.tune:
-        if knob.flag in COMPARED and knob.matters(name, version):
-            for value in knob.values:
-                yield from ("--config", f"{knob.flag.strip('-')}-{value}: {knob.flag} {value}")
-
-
-def halfbyte(*words: object) -> None:
-    """One command of halfbyte, shown as it runs. Raises HalfbyteError where it fails."""
-    line = [str(word) for word in words]
-    print("halfbyte " + " ".join(line), file=sys.stderr, flush=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    code = subprocess.run([sys.executable, "-m", "halfbyte.cli.app", *line], env=env, stdout=sys.stderr).returncode
-    if code:
-        raise HalfbyteError(f"halfbyte {line[0]} failed with exit code {code}")
-
-
-def share_baseline(place: Path, out: Path) -> None:
-    """The runs of BF16 that another format's bench has made; where they do not hold there, they are made again."""
-    there = next(iter(sorted(place.glob("*-bench/bench/baseline"))), None)
-    if there and not (out / "bench" / "baseline").exists():
-        shutil.copytree(there, make_directory(out / "bench") / "baseline")
-
-
-def merged(files: list[Path]) -> dict[str, Any]:
-    """One table of all formats' rows, at the concurrencies that all have."""
-    tables = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    rows = tables[0]["rows"] + [row for table in tables[1:] for row in table["rows"] if row["format"] != "bf16"]
-    levels = set.intersection(*(set(row["seconds"]) for row in rows))
-    if not levels:
-        raise HalfbyteError("no concurrency was measured for all formats")
-    for row in rows:
-        row["seconds"] = {level: row["seconds"][level] for level in row["seconds"] if level in levels}
-    return {**tables[0], "rows": rows}
-
-
-def random_model(directory: Path, name: str) -> Path:
-    """A Llama of that shape with random weights, a shard a block, and a tokenizer in which every id is a word."""
-    if (directory / "model.safetensors.index.json").is_file():
-        return directory
-    hidden, inner, blocks, heads, kv_heads, vocab = SHAPES[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        max_position_embeddings=8192,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+    work = Work(points, args.repeats, min(config["vocab_size"], 100_000))
+    run_engines(
+        [engine for engine in engines if engine.name not in done],
+        work,
+        install,
+        place / "runs",
+        gpus,
+        gib=card_gib(),
+        abreast=args.abreast,
+        prepare=lambda engine: prepare(engine, args.model, base, place),
+        deadline=deadline,
+        least=args.least,
+        after=write,
     )
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    make_directory(directory)
-    shards: dict[str, list[str]] = {}
-    for tensor in shapes:
-        part = tensor.split(".")[2] if ".layers." in tensor else "rest"
-        shards.setdefault(f"model-{part}.safetensors", []).append(tensor)
-    for file, tensors in shards.items():
-        save_file({t: random_tensor(t, shapes[t]) for t in tensors}, directory / file, metadata={"format": "pt"})
-    config.save_pretrained(directory)
-    words = {f"w{i}": i for i in range(vocab)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
-        directory
-    )
-    places = {tensor: file for file, tensors in shards.items() for tensor in tensors}
-    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
-    return directory
+    write()
+    return gathered(args, engines, platform, install, config, levels)
 
 
-def random_tensor(name: str, shape: torch.Size) -> torch.Tensor:
-    """Norms near one, weights of the size that training leaves."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(len(name) * 1000 + sum(map(ord, name)))
-    noise = torch.randn(shape, generator=generator, device=device)
-    values = 1 + 0.1 * noise if "norm" in name else noise * shape[-1] ** -0.5
-    return values.to(torch.bfloat16).cpu()
+def points_of(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[int]]:
+    """The loads, and the concurrencies among them."""
+    levels = [int(level) for level in args.levels.split(",")]
+    prompt, answer = map(int, args.tokens.split(","))
+    points = [{"name": f"c{level}", "prompts": level, "input": prompt, "output": answer} for level in levels]
+    if args.prefill:
+        points.append({"name": PREFILL, "prompts": PREFILL_PROMPTS, "input": args.prefill, "output": 1})
+    return points, levels
 
 
-def random_tokens(directory: Path, model: Path) -> Path:
-    """A calibration set of random ids of the model's vocabulary."""
-    vocab = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+def configs_of(platform: Platform, version: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """What can be timed there: CONFIGS first, then every other kernel that the platform's data names (`tune`)."""
+    found = dict(CONFIGS)
+    for model, packing in PACKINGS.items():
+        for knob in platform.tune:
+            if knob.flag == "--linear-backend" and knob.matters(packing.format, version):
+                found |= {f"{model}-{value}": (model, (knob.flag, value)) for value in knob.values}
+    return {name: choice for name, choice in found.items() if loads(choice[0], platform)}
+
+
+def loads(model: str, platform: Platform) -> bool:
+    """Whether the platform loads a model's format."""
+    packing = PACKINGS.get(model)
+    return packing is None or platform.support(packing.format, default_variant(packing)).loads
+
+
+def default_variant(packing: Packing) -> str | None:
+    """What a packed model declares within its format."""
+    return "NVFP4" if packing.format == "modelopt" else None
+
+
+def chosen(known: dict[str, Any], asked: Sequence[str] | None) -> dict[str, Any]:
+    """Those that were asked for, in that order. Raises UsageError for one that is not known."""
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(f"no configuration {name}: use {', '.join(known)}")
+    return {name: known[name] for name in asked or known}
+
+
+def engine_of(
+    name: str,
+    model: str,
+    words: tuple[str, ...],
+    kv: str,
+    place: Path,
+    config: Mapping[str, Any],
+    points: Sequence[Mapping[str, Any]],
+) -> Engine:
+    """A configuration with one KV cache: what vLLM is told, and what it takes of a card."""
+    told, space = engine_words(config, kv, points)
+    weights = parameters(config) * (2 if model == "bf16" else 0.72) / GIB
+    facts = {"config": name, "model": model, "kv": kv, "backend": dict(zip(words[::2], words[1::2]))}
+    title = name if kv == "auto" else f"{name}-{kv}"
+    return Engine(title, place / "models" / model, (*told, *words), weights + space + ROOM_GIB, facts)
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """How many weights a dense model of that shape has, embeddings and a head apart from them among them."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    kv = (config.get("num_key_value_heads") or heads) / heads
+    block = hidden * hidden * (2 + 2 * kv) + 3 * hidden * inner + 2 * hidden
+    return int(config["num_hidden_layers"] * block + 2 * config["vocab_size"] * hidden + hidden)
+
+
+def shape_config(name: str, base: Path | None) -> dict[str, Any]:
+    from benchmarks.gpu.shapes import config_of
+
+    return dict(Checkpoint(base).config) if base else config_of(name).to_dict()
+
+
+def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
+    """Make the model that an engine serves, where it is not there yet."""
+    model, began = engine.facts["model"], time.monotonic()
+    if base is None:
+        if model == "bf16":
+            random_model(engine.model, name)
+        else:
+            packed_model(engine.model, name, PACKINGS[model])
+    elif model == "bf16":
+        engine.model = base
+    elif not (engine.model / "halfbyte.json").is_file():
+        quantize(str(base), nearest(PACKINGS[model]), engine.model, random_tokens(base))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    took = time.monotonic() - began
+    if took > 1:
+        say(f"{model}: made in {took:.0f} s")
+
+
+def nearest(packing: Packing) -> Any:
+    """The recipe of round-to-nearest in a packing's format."""
+    words: dict[str, Any] = {"method": "nvfp4" if packing.grid == "nvfp4" else "rtn", "rounding": "rtn"}
+    words |= {"grid": packing.grid, "format": packing.format, "group_size": packing.group_size}
+    return recipe_from_mapping({**words, "activations": packing.activations, "indivisible": "smaller"}, "serving.py")
+
+
+def random_tokens(model: Path) -> CalibrationSet:
+    """64 x 64 random ids of the model's vocabulary, for NVFP4's input scales."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, min(vocab, 100_000), (SEQUENCES, LENGTH), generator=generator)
-    return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}}).save(directory)
+    ids = torch.randint(5, min(Checkpoint(model).config["vocab_size"], 100_000), (64, 64), generator=generator)
+    return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}})
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """Speed-up over BF16 by format, configuration and concurrency, as Markdown."""
-    first = next(iter(result["benches"].values()))
-    levels = [point["concurrency"] for point in first["points"]]
-    lines = [f"{first['hardware']}, vLLM {first['vllm']}, {result['model']}: tokens/s, times BF16"]
-    lines += ["| | " + " | ".join(map(str, levels)) + " | prefill |", "|---" * (len(levels) + 2) + "|"]
-    for name, bench in result["benches"].items():
-        points = bench["points"] + ([bench["prefill"]] if bench["prefill"] else [])
-        for config in ("model", *bench["configs"]):
-            entries = [point["model"] if config == "model" else point["configs"][config] for point in points]
-            gains = [point["speedup"] if config == "model" else e["speedup"] for point, e in zip(points, entries)]
-            cells = [f"{g['value']:.2f}" if g else e["status"] for g, e in zip(gains, entries)]
-            cells += ["–"] * (len(levels) + 1 - len(cells))
-            title = name if config == "model" else f"{name}, {config}"
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-    for name, bench in result["benches"].items():
-        lines += [f"{name}: {text}" for text in bench["text"]]
-    return lines
+def earlier(engines: Sequence[Engine], place: Path, points: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The engines whose every point was timed before, under the same words; their results are taken."""
+    found = set()
+    for engine in engines:
+        there = place / "runs" / engine.name
+        lines = read_lines(there / "result.jsonl")
+        spec = json.loads((there / "spec.json").read_text()) if lines else {}
+        if spec.get("words") != list(engine.words) or spec.get("points") != list(points):
+            continue
+        if any("done" in line for line in lines):
+            engine.status, engine.log = "ok", there / "vllm.log"
+            engine.seconds = {line["point"]: line["seconds"] for line in lines if "point" in line}
+            engine.load_seconds = next(line["ready"] for line in lines if "ready" in line)
+            found.add(engine.name)
+    return found
+
+
+def gathered(
+    args: argparse.Namespace,
+    engines: Sequence[Engine],
+    platform: Platform,
+    install: VllmInstall,
+    config: Mapping[str, Any],
+    levels: Sequence[int],
+) -> dict[str, Any]:
+    """serving.json: a row for each engine, and the evidence where BF16 and something else were timed."""
+    prompt, answer = map(int, args.tokens.split(","))
+    result: dict[str, Any] = {
+        "schema": 1,
+        "kind": "gpu-serving",
+        "platform": platform.name,
+        "hardware": card_name(),
+        "vllm": install.version,
+        "model": args.model,
+        "levels": list(levels),
+        "prompt_tokens": prompt,
+        "output_tokens": answer,
+        "prefill": {"prompts": PREFILL_PROMPTS, "tokens": args.prefill} if args.prefill else None,
+        "repeats": args.repeats,
+        "holds": holds(platform, install.version),
+        "rows": [engine.result() for engine in engines],
+    }
+    for row, engine in zip(result["rows"], engines):
+        row["kernel"] = kernel_of(engine, platform)
+        if row["weights_gib"] is None and engine.model.is_dir():
+            row["weights_gib"] = sum(file.stat().st_size for file in engine.model.glob("*.safetensors")) / GIB
+    return {**result, "evidence": evidence(result, config)}
+
+
+def holds(platform: Platform, version: str) -> dict[str, str]:
+    """The vLLM versions that choose kernels as this one does, where the platform's data says so."""
+    pins = platform.pins
+    if pins is None or not within(pins.since, version, pins.before):
+        return {}
+    return {"since": pins.since, "before": pins.before}
+
+
+def kernel_of(engine: Engine, platform: Platform) -> str:
+    """The kernel that the log names, in the platform's word for it."""
+    packing = PACKINGS.get(engine.facts["model"])
+    if packing is None:
+        return "BF16"
+    declared = declared_variant(engine.model) or platform.default_variant(packing.format)
+    return kernel_name(platform, packing.format, declared, list(engine.logged().kernels))
+
+
+def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A table as plan and serve read it (halfbyte.platforms.SpeedTable), of the rows and levels that are whole."""
+    rows = [row for row in result["rows"] if any(name.startswith("c") for name in row["seconds"])]
+    base = next((row for row in rows if row["model"] == "bf16" and row["kv"] == "auto"), None)
+    if base is None or len(rows) < 2:
+        return None
+    levels = [n for n in result["levels"] if f"c{n}" in base["seconds"]]
+    rows = [row for row in rows if all(f"c{n}" in row["seconds"] for n in levels)]
+    shape = result["model"].removeprefix("random:")
+    named = f"Llama-3.1-{shape.upper()} shape, random packed weights, bf16" if is_random(result["model"]) else shape
+    return {
+        "schema": 1,
+        "kind": "speed",
+        "measured": True,
+        "device": result["platform"],
+        "hardware": result["hardware"],
+        "vllm": result["vllm"],
+        **result["holds"],
+        "date": datetime.date.today().isoformat(),
+        "model": {
+            "name": named,
+            "parameters": parameters(config),
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "blocks": config["num_hidden_layers"],
+            "vocab_size": config["vocab_size"],
+        },
+        "prompt_tokens": result["prompt_tokens"],
+        "output_tokens": result["output_tokens"],
+        **({"prefill": result["prefill"]} if result["prefill"] else {}),
+        "note": f"offline generation, all sequences started at once, median of {result['repeats']}",
+        "rows": [evidence_row(row, levels) for row in rows],
+    }
+
+
+def evidence_row(row: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any]:
+    packing = PACKINGS.get(row["model"])
+    flags = {**row["backend"], **({} if row["kv"] == "auto" else {"--kv-cache-dtype": row["kv"]})}
+    seconds = row["seconds"]
+    return {
+        "kernel": row["kernel"] + ("" if row["kv"] == "auto" else f", {row['kv'].upper()} KV cache"),
+        "method": METHODS[row["model"]],
+        "format": packing.format if packing else "bf16",
+        "variants": variants_of(row, packing),
+        "group_size": packing.group_size if packing else None,
+        "flags": flags,
+        "weights_gib": round(row["weights_gib"], 6),
+        "seconds": {str(n): round(middle(seconds[f"c{n}"]), 4) for n in levels},
+        **({"prefill": round(middle(seconds[PREFILL]), 4)} if PREFILL in seconds else {}),
+    }
+
+
+def variants_of(row: Mapping[str, Any], packing: Packing | None) -> list[str]:
+    """What a row speaks for: NVFP4 that was given no kernel stands for weight-only NVFP4 too, which gets the same."""
+    if packing is None or packing.format != "modelopt":
+        return []
+    return ["NVFP4"] if row["backend"] else ["W4A16_NVFP4", "NVFP4"]
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """Seconds of a batch and times BF16, by configuration and concurrency, as Markdown."""
+    points = [f"c{n}" for n in result["levels"]] + ([PREFILL] if result["prefill"] else [])
+    base = next((r["seconds"] for r in result["rows"] if r["config"] == "bf16" and r["kv"] == "auto"), {})
+    head = ["", "kernel", "GiB", "load s", *(p.removeprefix("c") for p in points)]
+    rows = []
+    for row in result["rows"]:
+        cells = [cell(row["seconds"].get(point), base.get(point)) for point in points]
+        size = "–" if row["weights_gib"] is None else f"{row['weights_gib']:.2f}"
+        rows.append([row["name"], row["kernel"], size, f"{row['load_seconds'] or 0:.0f}", *cells])
+    title = f"{result['hardware']}, vLLM {result['vllm']}, {result['model']}: seconds of a batch (times BF16)"
+    failed = [f"{row['name']}: {row['status']}: {row['reason']}" for row in result["rows"] if row["status"] != "ok"]
+    return [title, *markdown(head, rows), *failed]
+
+
+def cell(seconds: Sequence[float] | None, base: Sequence[float] | None) -> str:
+    if not seconds:
+        return "–"
+    gain = f" ({middle(base) / middle(seconds):.2f}x)" if base else ""
+    return f"{middle(seconds):.3f}{gain}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Kills, full disks and two at once: what a run leaves behind, and whether it ends as if nothing had happened.
 
     python benchmarks/reliability/crashes.py [--model tiny] [--commands quantize run sweep] [--kills 50] [--full 20]
-                                             [--calibration SET|TEXT] [--seed 0]
+                                             [--calibration SET|TEXT] [--set KEY=VALUE] [--vllm PATH] [--seed 0]
 
 SIGKILL at random moments of each command, and the same command again: the artifact must be bit for bit that of an
 uninterrupted run, with the same figures, no process, port or temporary file left. A tmpfs that fills at a random size
 (where mounting is allowed; else the nth write fails): one line, and the same end once there is room. A second command
-on a directory at work is refused. `run` serves with a stand-in for vLLM, so that no figure here is vLLM's. All on one
+on a directory at work is refused. `run` serves with a stand-in for vLLM, so that no figure here is vLLM's, or with a
+real one (--vllm): then its engine's processes, its ports and its sockets count among what may be left. All on one
 thread. Prints a table in Markdown; exits with 1 where anything of this does not hold.
 """
 
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,7 @@ class Bench:
     seconds: float = 0.0
     bytes: int = 0
     writes: int = 0
+    began: float = field(default_factory=time.time)
 
     def start(self, out: Path, before: Callable[[], None] | None = None) -> Any:
         return start(self.words(out), before=before, env=self.env)
@@ -159,7 +161,7 @@ def _judge(row: Row, bench: Bench, out: Path, ended: Ended, when: str, left: lis
 def _left_behind(bench: Bench, out: Path) -> list[str]:
     """Processes, ports and temporary files of a command that is over; what it started has WAIT_S to end."""
     until = time.monotonic() + WAIT_S
-    while (alive := _processes(out)) and time.monotonic() < until:
+    while (alive := _processes(bench, out)) and time.monotonic() < until:
         time.sleep(0.05)
     found = [f"process {pid}" for pid in alive]
     log = out / "vllm.log"
@@ -171,13 +173,18 @@ def _left_behind(bench: Bench, out: Path) -> list[str]:
     return found + [f"temporary {name}" for name in listing(Path(bench.env["TMPDIR"]))]
 
 
-def _processes(out: Path) -> list[int]:
-    """Living processes that have the directory in their command line (the children are forks of this one: not they)."""
+def _processes(bench: Bench, out: Path) -> list[int]:
+    """Living processes that a command on `out` began: they have the directory in their command line, or the bench's own
+    TMPDIR in what they were started with, or are vLLM's (which give themselves names) and younger than the bench. The
+    commands themselves are forks of this process, and none of that."""
     found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        words = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(out) in word for word in words):
-            found.append(process.info["pid"])
+    for process in psutil.process_iter(["pid", "cmdline", "status", "environ", "create_time"]):
+        told = process.info
+        words, env = told["cmdline"] or [], told["environ"] or {}
+        ours = any(str(out) in word for word in words) or env.get("TMPDIR") == bench.env["TMPDIR"]
+        engine = any(word.startswith("VLLM::") for word in words) and told["create_time"] > bench.began
+        if told["status"] != psutil.STATUS_ZOMBIE and (ours or engine):
+            found.append(told["pid"])
     return found
 
 
@@ -273,8 +280,17 @@ def two_at_once(bench: Bench) -> Row:
     return row
 
 
-def benches(model: str, names: list[str], calibration: str | None, scratch: Path) -> list[Bench]:
-    """The commands, on a tiny model made here or on the one that is named."""
+def benches(
+    model: str,
+    names: list[str],
+    calibration: str | None,
+    scratch: Path,
+    overrides: Sequence[str] = (),
+    vllm: str | None = None,
+) -> list[Bench]:
+    """The commands, on a tiny model made here or on the one that is named; `overrides` are of the recipe B3's keys;
+    vllm: a real one, else a stand-in. What vLLM caches goes to a place of its own, so TMPDIR holds what must not be
+    left."""
     env = {"TMPDIR": str(scratch / "tmp"), "PATH": os.environ["PATH"]}
     (scratch / "tmp").mkdir()
     (scratch / "out").mkdir()
@@ -285,8 +301,10 @@ def benches(model: str, names: list[str], calibration: str | None, scratch: Path
         model = str(make_tiny("llama", scratch / "model", num_hidden_layers=3, tie_word_embeddings=False))
         env["HALFBYTE_CACHE"] = str(scratch / "cache")
         given = calibration or str(random_set(tokens=2400, longest=128).save(scratch / "set"))
-    size = ["--set", "group_size=32", "--set", "calibration.sequences=16", "--set", "calibration.max_tokens=256"]
-    fake = str(make_fake(scratch / "fake-vllm"))
+    keys = ["group_size=32", "calibration.sequences=16", "calibration.max_tokens=256", *overrides]
+    size = [word for key in keys for word in ("--set", key)]
+    fake = vllm or str(make_fake(scratch / "fake-vllm"))
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
     matrix = scratch / "two.yaml"
     matrix.write_text("cells: [B1, C1]\ndefaults: {group_size: 32, calibration: {sequences: 16, max_tokens: 256}}\n")
     gates = ["--gate", "ppl=+100000%", "--gate", "top1=0%"]
@@ -322,13 +340,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="in all, spread evenly over the commands")
     parser.add_argument("--full", type=int, default=20, help="full disks in all")
     parser.add_argument("--calibration", help="a calibration set or text for `quantize`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe; repeatable")
+    parser.add_argument("--vllm", metavar="PATH", help="a real vLLM for `run`; none: a stand-in")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     chance = random.Random(asked.seed)
     import_all()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        made = benches(asked.model, asked.commands, asked.calibration, Path(scratch))
+        made = benches(asked.model, asked.commands, asked.calibration, Path(scratch), asked.set, asked.vllm)
         for number, bench in enumerate(made):
             bench.measure()
             print(

@@ -59,13 +59,20 @@ def find_scale(
     def scale(alpha: float, beta: float) -> torch.Tensor:
         return normalised(activation**alpha / weight**beta)
 
-    def loss(alpha: float, beta: float) -> float:
-        s = scale(alpha, beta)
+    def loss(candidate: tuple[float, float]) -> torch.Tensor:
+        s = scale(*candidate)
         E = rounding_error(sample, s, stats.second_moment_I, grid, group_size, grid.global_scale([largest_I * s]))
-        return float(error(E).sum())
+        return error(E).sum()
+
+    def losses(some: list[tuple[float, float]]) -> list[float]:
+        return torch.stack([loss(c) for c in some]).tolist()  # a GPU is waited for once
 
     tried = candidates(effort)
-    best = min(tried, key=lambda c: loss(*c)) if careful else walk(tried, loss)
+    if careful:
+        found = losses(tried)
+        best = tried[found.index(min(found))]
+    else:
+        best = walk(tried, losses)
     return torch.ones_like(activation) if best == (0.0, 0.0) else scale(*best)
 
 
@@ -76,20 +83,22 @@ def candidates(effort: str) -> list[tuple[float, float]]:
     return plain + [(i / points, 1 - i / points) for i in range(points // 2, points)]
 
 
-def walk(tried: list[tuple[float, float]], loss: Callable[[float, float], float]) -> tuple[float, float]:
-    """The candidate of the least loss, or nearly: a few, then neighbours on its path of the best of all and of the best
-    with beta = 0, for as long as one is better.
+def walk(
+    tried: list[tuple[float, float]], losses: Callable[[list[tuple[float, float]]], list[float]]
+) -> tuple[float, float]:
+    """The candidate of the least of `losses`, or nearly: a few, then neighbours on its path of the best of all and of
+    the best with beta = 0, for as long as one is better.
 
     Neither a neighbour of what is returned nor the first candidate is better than it.
     """
     paths = [[c for c in tried if c[1] == 0], [c for c in tried if c[1] != 0]]
-    losses: dict[tuple[float, float], float] = {}
+    known: dict[tuple[float, float], float] = {}
     todo = paths[0][: len(paths[0]) * 2 // 3 + 1 : 2] + paths[1][:1]
     while todo:
-        losses |= {c: loss(*c) for c in todo}
-        best = min(losses, key=lambda c: losses[c])
-        plain = min((c for c in losses if c[1] == 0), key=lambda c: losses[c])
-        todo = [c for at in dict.fromkeys((best, plain)) for c in _around(at, paths[at[1] != 0]) if c not in losses]
+        known |= zip(todo, losses(todo))
+        best = min(known, key=lambda c: known[c])
+        plain = min((c for c in known if c[1] == 0), key=lambda c: known[c])
+        todo = [c for at in dict.fromkeys((best, plain)) for c in _around(at, paths[at[1] != 0]) if c not in known]
     return best
 
 

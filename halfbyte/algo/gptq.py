@@ -6,17 +6,20 @@ change of the columns F after it is
 
     W_F  -=  (w_j - q_j) / [H_F^-1]_jj  *  [H_F^-1]_jF
 
-and all the inverses H_F^-1 that are needed are rows of one upper triangular factor, H^-1 = U^T U:
+The same codes come without an inverse (Chee, Cai, Kuleshov, De Sa: "QuIP", NeurIPS 2023, arXiv 2307.13304, theorem 6):
+with H = B D B^T, B unit upper triangular and D diagonal, the errors e_j = w_j - q_j of the weights as they were are fed
+forward,
 
-    err_j = (w_j - q_j) / U_jj,     W_{:,j+1:} -= err_j  U_{j,j+1:}
+    q_k  =  round(w_k + sum_{j<k} e_j B_jk)
 
-Updates are applied at once inside a block of `BLOCK` columns and as one matrix product to the rest.
+which takes one Cholesky factorisation: nothing is inverted, and nothing is lost in doing so. Feedback is applied at
+once inside a block of `BLOCK` columns and as one matrix product to the rest.
 
 Order. Columns are visited by falling H_jj (act-order), so that the inputs that matter most are rounded while the most
 columns are left to compensate. The groups and their scales are fixed beforehand in the original order (static groups):
 the file needs no g_idx, which vLLM would ignore.
 
-Legend: O = out, I = in, W_OI the weight, H_II the Hessian, U_II its factor, s_OI the scale of each column's group.
+Legend: O = out, I = in, W_OI the weight, H_II the Hessian, B_II its factor, s_OI the scale of each column's group.
 """
 
 from __future__ import annotations
@@ -29,82 +32,92 @@ from halfbyte.algo.grid import Grid
 from halfbyte.algo.kernels import usable
 
 BLOCK = 128
+WIDE = 16384
+"""A Hessian of more columns is factorised in its own place on a CPU: of one of 28,672 there are three else, 10 GB."""
 LIMIT = 1e36
 """Damping that float32 no longer holds beside a Hessian."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What the column loop needs of H, made once for a group of linears: U (float32 [I, I], permuted), the order
+    """What the column loop needs of H, made once for a group of linears: B (float32 [I, I], permuted), the order
     (int64 [I], or None), and the damping that was needed."""
 
-    upper: torch.Tensor
+    feedback: torch.Tensor
     order: torch.Tensor | None
     damp: float
 
 
 def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor:
-    """Upper U with (H + damp * mean(diag H) * I)^-1 = U^T U, columns ordered by falling diagonal.
+    """Unit upper B with H + damp * mean(diag H) * I = B D B^T, columns ordered by falling diagonal.
 
     A dead input (H_jj = 0) gets H_jj = 1: its weights are rounded and nothing compensates. Damping doubles
     from `damp` until the factorisation succeeds; the Factor says what it took. Raises ValueError for a Hessian
     that is not finite or that no damping mends.
     """
-    H = H_II.float()
-    if not bool(torch.isfinite(H).all()):
+    diagonal = H_II.diagonal().float()
+    if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the Hessian is not finite")
-    diagonal = H.diagonal()
     dead = diagonal <= 0
     diagonal = torch.where(dead, 1.0, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
         diagonal, dead = diagonal[order], dead[order]
     mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
-    reverse = (torch.arange(len(H), device=H.device) if order is None else order).flip(0)
-    H, diagonal, dead = H[reverse[:, None], reverse], diagonal.flip(0), dead.flip(0)
-    H.masked_fill_(dead | dead[:, None], 0)
+    reverse = (torch.arange(len(H_II), device=H_II.device) if order is None else order).flip(0)
+    diagonal, dead = diagonal.flip(0), dead.flip(0)
+    in_place = len(H_II) > WIDE and not H_II.is_cuda
+    H: torch.Tensor | None = None
     share = damp
     while share * mean < LIMIT:
+        if H is None or in_place:
+            H = H_II[reverse[:, None], reverse].float()
+            if bool(dead.any()):
+                H.masked_fill_(dead | dead[:, None], 0)
         H.diagonal().copy_(diagonal + share * mean)
-        upper = _inverse_factor(H)
-        if upper is not None:
-            return Factor(upper, order, share)
+        feedback = _unit_upper(H, in_place)
+        if feedback is not None:
+            return Factor(feedback, order, share)
         share = share * 2 or 1e-3
+        if not _finite(H_II):
+            raise ValueError("the Hessian is not finite")
     raise ValueError("no damping makes the Hessian positive definite in float32")
 
 
-def _inverse_factor(H: torch.Tensor) -> torch.Tensor | None:
-    """Upper U with (J H J)^-1 = U^T U, J the reversal of the order; None where float32 finds H not positive definite.
+def _unit_upper(H: torch.Tensor, in_place: bool) -> torch.Tensor | None:
+    """Unit upper B with J H J = B D B^T, J the reversal of the order; None where float32 finds H not positive definite.
 
-    chol(H) = L gives J H J = (J L J)(J L J)^T with J L J upper, so U = (J L J)^-1 = J L^-1 J: one Cholesky and one
-    triangular inverse instead of two factorisations and an inverse.
+    chol(H) = L gives J H J = (J L J)(J L J)^T with J L J upper; its columns are divided by its diagonal. `in_place`:
+    in H's own memory, for matrices of which there is room for few; H is used up, also where there is no B.
     """
-    L, info = torch.linalg.cholesky_ex(H)
-    if int(info) != 0:
-        return None
-    if L.is_cuda:
-        inverse_lower_(L)
+    if in_place:  # LAPACK counts columns first: what it finds in H^T as the upper factor is L in H
+        L, info = H, torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(H.T, upper=True, out=(H.T, info))
     else:
-        L = torch.linalg.solve_triangular(L, torch.eye(len(H), device=H.device), upper=False)
-    upper = L.flip(0, 1).contiguous()
-    return upper if bool(torch.isfinite(upper).all() & (upper.diagonal() > 0).all()) else None
+        L, info = torch.linalg.cholesky_ex(H)
+    diagonal = L.diagonal().flip(0).clone()
+    if int(info) != 0 or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
+        return None
+    upper = _reverse_(L).triu_() if in_place else L.flip(0, 1).contiguous()
+    return upper.div_(diagonal)
 
 
-def inverse_lower_(L: torch.Tensor, panel: int = 512) -> torch.Tensor:
-    """Invert a lower triangular matrix in its place by products of panels of rows: on a GPU faster than solving with
-    the identity, and in a third of the memory.
+def _reverse_(matrix: torch.Tensor, step: int = 1 << 22) -> torch.Tensor:
+    """J M J of a contiguous square M in its place: its numbers in reverse."""
+    flat = matrix.view(-1)
+    half, size = len(flat) // 2, len(flat)
+    for first in range(0, half, step):
+        last = min(first + step, half)
+        front, back = flat[first:last], flat[size - last : size - first]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
-        (L^-1)_{i,<i} = -(L_ii)^-1 L_{i,<i} (L^-1)_{<i,<i}
-    """
-    L.tril_()
-    for first in range(0, len(L), panel):
-        rows = slice(first, first + panel)
-        corner = L[rows, rows]
-        eye = torch.eye(len(corner), dtype=L.dtype, device=L.device)
-        inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
-        L[rows, :first] = inverse @ (L[rows, :first] @ L[:first, :first]).neg_()
-        L[rows, rows] = inverse
-    return L
+
+def _finite(matrix: torch.Tensor, rows: int = 256) -> bool:
+    """Whether all of it is; some rows at a time, which takes little memory."""
+    return all(bool(torch.isfinite(some).all()) for some in matrix.split(rows))
 
 
 def gptq(
@@ -116,34 +129,32 @@ def gptq(
     block: int = BLOCK,
 ) -> torch.Tensor:
     """Codes (float32-valued 0..15, [O, I]) for W under fixed scales and zeros: [O, G], or [O, I] spread by group."""
-    order, U = factor.order, factor.upper
+    order, B = factor.order, factor.feedback
     if block == BLOCK and usable(W_OI):
         from halfbyte.algo.kernels.columns import round_columns
 
-        return round_columns(W_OI, scale_OI, zero_OI, U, order, grid.name).float()
+        return round_columns(W_OI, scale_OI, zero_OI, B, order, grid.name).float()
     if scale_OI.shape != W_OI.shape:
         group = W_OI.shape[1] // scale_OI.shape[1]
         scale_OI = scale_OI.repeat_interleave(group, 1)
         zero_OI = None if zero_OI is None else zero_OI.repeat_interleave(group, 1)
-    W = (W_OI.float() if order is None else W_OI.float()[:, order]).T.clone(memory_format=torch.contiguous_format)
+    W = (W_OI.float() if order is None else W_OI.float()[:, order]).T.contiguous()
     S = (scale_OI if order is None else scale_OI[:, order]).T.contiguous()
     Z = None if zero_OI is None else (zero_OI if order is None else zero_OI[:, order]).T.contiguous()
     width = W.shape[0]
-    X = torch.empty_like(W)
-    diagonal = U.diagonal().tolist()
+    X = W.clone()
     for first in range(0, width, block):
         last = min(first + block, width)
         errors = torch.empty_like(W[first:last])
         for j in range(first, last):
-            x = W[j] / S[j]
-            X[j] = x
+            X[j] /= S[j]
             z = None if Z is None else Z[j]
-            e = grid.snap(x, z).mul_(S[j]).sub_(W[j]).mul_(-1 / diagonal[j])
+            e = torch.addcmul(W[j], grid.snap(X[j], z), S[j], value=-1)
             errors[j - first] = e
             if j + 1 < last:
-                W[j + 1 : last].addr_(U[j, j + 1 : last], e, alpha=-1)
+                X[j + 1 : last].addr_(B[j, j + 1 : last], e)
         if last < width:
-            W[last:].addmm_(U[first:last, last:].T, errors, alpha=-1)
+            X[last:].addmm_(B[first:last, last:].T, errors)
     codes = grid.encode(X, Z).T
     if order is None:
         return codes.contiguous()

@@ -14,11 +14,12 @@ bfloat16 both hold, because files store float16 and vLLM multiplies in the model
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from halfbyte.algo.grid import Scales, by_rows, in_groups
+from halfbyte.algo.grid import Grid, Scales, by_rows, in_groups
 from halfbyte.algo.kernels import usable
 
 SMALLEST, LARGEST = 2.0**-14, 65024.0
@@ -27,10 +28,27 @@ STEPS = {"probe": 3, "fast": 12, "default": 20, "max": 48}
 STEPS_ASYM = {"probe": 3, "fast": 8, "default": 12, "max": 48}
 """Candidate ranges a search tries; with a zero, each is tried with three of them."""
 
+Search = Callable[[torch.Tensor, torch.Tensor, list[float]], tuple[torch.Tensor, ...]]
+"""Groups of weights [O, G, g], importances and candidate ranges to scales [O, G], and zeros where the grid has them."""
+
 
 def storable(scales: torch.Tensor) -> torch.Tensor:
     """The nearest positive scales that float16 and bfloat16 both represent exactly; float32."""
     return scales.bfloat16().float().clamp(SMALLEST, LARGEST)
+
+
+def _fitted(
+    grid: Grid, search: Search, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, effort: str
+) -> Scales:
+    """Scales (and zeros) of every group, by the kernel or by `search`."""
+    W_OGg, h = in_groups(W_OI, importance_I, group_size)
+    ways = grid.search(effort)
+    if usable(W_OI, group_size):
+        from halfbyte.algo.kernels.scales import fit_scales
+
+        return Scales(*fit_scales(grid.name, W_OGg, h, **ways))
+    scales, *zeros = by_rows(lambda w: search(w, h, ways["ratios"]), W_OGg)
+    return Scales(scales, zeros[0] if zeros else None)
 
 
 class Int4Sym:
@@ -56,17 +74,10 @@ class Int4Sym:
     def fit(
         self, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, global_scale: float | None, effort: str
     ) -> Scales:
-        W_OGg, h = in_groups(W_OI, importance_I, group_size)
-        if usable(W_OI, group_size):
-            from halfbyte.algo.kernels.scales import fit_scales
-
-            return Scales(*fit_scales(self.name, W_OGg, h, **self.search(effort)))
-        ratios = self.search(effort)["ratios"]
-        (scales,) = by_rows(lambda w: (_search_symmetric(w, h, ratios),), W_OGg)
-        return Scales(scales)
+        return _fitted(self, _search_symmetric, W_OI, importance_I, group_size, effort)
 
 
-def _search_symmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]) -> torch.Tensor:
+def _search_symmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]) -> tuple[torch.Tensor]:
     top, bottom = W_OGg.amax(-1), -W_OGg.amin(-1)
     reach = torch.maximum(top / 7, bottom / 8)
     best = torch.full_like(reach, torch.inf)
@@ -83,7 +94,7 @@ def _search_symmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float])
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, s, chosen)
-    return chosen
+    return (chosen,)
 
 
 class Int4Asym:
@@ -112,14 +123,7 @@ class Int4Asym:
     def fit(
         self, W_OI: torch.Tensor, importance_I: torch.Tensor, group_size: int, global_scale: float | None, effort: str
     ) -> Scales:
-        W_OGg, h = in_groups(W_OI, importance_I, group_size)
-        if usable(W_OI, group_size):
-            from halfbyte.algo.kernels.scales import fit_scales
-
-            return Scales(*fit_scales(self.name, W_OGg, h, **self.search(effort)))
-        ratios = self.search(effort)["ratios"]
-        scales, zeros = by_rows(lambda w: _search_asymmetric(w, h, ratios), W_OGg)
-        return Scales(scales, zeros)
+        return _fitted(self, _search_asymmetric, W_OI, importance_I, group_size, effort)
 
 
 def _search_asymmetric(W_OGg: torch.Tensor, h: torch.Tensor, ratios: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,9 +26,9 @@ class Stats:
     tokens: int
 
     @staticmethod
-    def uniform(width: int) -> Stats:
+    def uniform(width: int, device: torch.device | str = "cpu") -> Stats:
         """Nothing is known: all inputs matter alike (data-free methods)."""
-        return Stats(torch.ones(width), None, 0.0, 0)
+        return Stats(torch.ones(width, device=device), None, 0.0, 0)
 
     def scaled(self, s_I: torch.Tensor) -> Stats:
         """The statistics of the inputs divided by s (float32 [I])."""

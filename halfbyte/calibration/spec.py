@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.calibration.languages import LANGUAGES
 from halfbyte.errors import UsageError
+from halfbyte.recipe.loader import read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 HUB = "hub:"
@@ -127,18 +127,7 @@ def parse_source(word: str) -> Source:
 
 def read_spec(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file, its relative paths taken from where the file lies. Raises UsageError."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: name a YAML file of sources, or text files") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(
-            f"{path}{where} is not valid YAML ({getattr(error, 'problem', None) or 'not UTF-8'})"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("sources"), list) or not tree["sources"]:
         raise UsageError(f"{path}: give a list `sources`, such as `sources: [{{path: mine.jsonl, in_domain: true}}]`")
     tree["sources"] = [_placed(source, path.parent) for source in tree["sources"]]

@@ -182,13 +182,12 @@ def _baseline(directory: Path, named: str | None, shown: Any) -> Path | None:
 
 def _prefill(asked: int | None, variants: Any) -> int:
     """Tokens of the long prompts: as asked for, or 2048 where the model takes so many, else what it takes."""
-    from halfbyte.evaluate.speed import ROOM
-    from halfbyte.models.checkpoint import read_json
+    from halfbyte.evaluate.speed import ROOM, context_limit
 
     if asked is not None:
         return asked
-    limits = [read_json(v.directory / "config.json").get("max_position_embeddings") for v in variants]
-    return max(0, min([LONG_PROMPT, *(limit - ROOM - 1 for limit in limits if limit)]))
+    limit = context_limit([variant.directory for variant in variants])
+    return LONG_PROMPT if limit is None else max(0, min(LONG_PROMPT, limit - ROOM - 1))
 
 
 def _config(text: str) -> tuple[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Force, Output, RecipeOption, Style
+from halfbyte.cli.make import Device, Force, Output, RecipeOption, Style
 from halfbyte.errors import UsageError
 
 SOURCE = (
@@ -65,12 +65,13 @@ def calibrate(
     allow_contamination: Annotated[
         bool, typer.Option("--allow-contamination", help="Take them all the same; the manifest says so.")
     ] = False,
+    device: Device = None,
     force: Force = False,
     style: Style = Format.human,
 ) -> None:
     """Build a calibration set: from your text, filtered, weighted and checked, or written by the model."""
     from halfbyte.calibration import make_set, spec_from_words
-    from halfbyte.experiments.quantize import load_model, load_tokenizer
+    from halfbyte.experiments.quantize import device_of, load_model, load_tokenizer
     from halfbyte.files import locked
     from halfbyte.models import resolve_model
     from halfbyte.recipe import load_recipe
@@ -95,7 +96,7 @@ def calibrate(
                 tokenizer,
                 spec,
                 strategy=strategy.value,
-                writer=lambda: load_model(path),
+                writer=lambda: load_model(path, device_of(device)),
                 on_held_out="drop" if drop_contaminated else "allow" if allow_contamination else "refuse",
                 methods=[known.method] if known else [],
                 progress=shown,

@@ -33,15 +33,11 @@ Task = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
+        "--tasks",
         metavar="NAME",
-        help="A task of lm-eval's, a YAML file or directory of them, or `default`. Repeatable.",
+        help="A task of lm-eval's, a YAML file or directory of them, or `default`; several with commas. Repeatable.",
     ),
 ]
-Data = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
-]
-Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Items of a task, questions of a file.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Tasks go through the model's chat template.")]
 Qa = Annotated[Path | None, _file("--qa", help="Your questions with answers, JSONL.")]
 Metric = Annotated[str, typer.Option("--qa-metric", metavar="NAME", help="f1, em, rouge_l or bleu: which one leads.")]
@@ -61,7 +57,10 @@ Samples = Annotated[int, typer.Option(metavar="N", min=1, help="--long-context: 
 BackendOption = Annotated[
     Backend, typer.Option("--backend", metavar="NAME", help="hf (transformers), or vllm with both models in turn.")
 ]
-On = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs; none: the platform that this machine is."),
+]
 Vllm = Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")]
 
 
@@ -83,7 +82,7 @@ class Asked:
     lengths: str | None = None
     samples: int = 4
     backend: Backend = Backend.hf
-    on: str = "cpu"
+    on: str | None = None
     vllm: str | None = None
     text: list[Path] | None = None
     device: str = "cpu"
@@ -101,6 +100,10 @@ class Asked:
         wanted = bool(self.task or self.qa or self.chat or self.long_context)
         if not wanted and self.backend is not Backend.hf:
             raise UsageError("--backend vllm is for --task, --qa, --chat and --long-context: name one of them")
+        if not self.task and (self.data or self.chat_template):
+            raise UsageError(f"{'--data' if self.data else '--chat-template'} is for --task: name one")
+        if self.limit and not (self.task or self.qa or self.chat):
+            raise UsageError("--limit is for --task, --qa and --chat: name one of them (--windows: of text)")
         return wanted
 
 
@@ -133,8 +136,9 @@ def _check(asked: Asked) -> None:
 
 
 def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown: TerminalProgress) -> Pair:
-    from halfbyte.artifact import load_fake_quantized
+    from halfbyte.artifact import load_fake_quantized, work_of
     from halfbyte.evaluate.pair import Pair, Serving
+    from halfbyte.evaluate.speed_machine import platform_here
     from halfbyte.experiments.quantize import load_model, load_tokenizer
     from halfbyte.experiments.run import artifact_baseline
     from halfbyte.files import portable
@@ -146,10 +150,12 @@ def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown
     if asked.backend is Backend.vllm:
         find_vllm(asked.vllm)
         path = resolve_model(name, shown)
-        return Pair(path, directory, load_tokenizer(path), names, Serving(logs, asked.on, asked.vllm))
+        serving = Serving(logs, asked.on or platform_here(), asked.vllm)
+        return Pair(path, directory, load_tokenizer(path), names, serving, work_of(directory))
     path = resolve_model(name, shown)
     quantized = load_fake_quantized(directory, device=asked.device)
-    return Pair(load_model(path, asked.device), quantized, load_tokenizer(path), names)
+    bf16 = load_model(path, asked.device)
+    return Pair(bf16, quantized, load_tokenizer(path), names, work=work_of(directory))
 
 
 def _measure(pair: Pair, asked: Asked, output: Path | None, shown: TerminalProgress) -> dict[str, Any]:
@@ -189,13 +195,13 @@ def _tasks(pair: Pair, asked: Asked, output: Path | None, shown: TerminalProgres
     import time
 
     from halfbyte.evaluate.qa import MAX_TOKENS, compare_qa, write_answers
-    from halfbyte.evaluate.tasks import compare_tasks, tasks_result
+    from halfbyte.evaluate.tasks import compare_tasks, task_words, tasks_result
 
     started, rows = time.monotonic(), []
     if asked.task:
         rows += compare_tasks(
             pair,
-            asked.task,
+            [word for words in asked.task for word in task_words(words)],
             data=asked.data,
             limit=asked.limit,
             chat=asked.chat_template,

@@ -43,6 +43,15 @@ Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How re
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="LIMIT", help="Host memory to solve blocks in (12GiB); none: what is free."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="JSONL files of the bundled tasks."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items of a task.")]
 Force = Annotated[bool, typer.Option("--force", help="Give up what the output directory holds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is there (the default for the same work).")]
 
@@ -53,6 +62,13 @@ def _recipe(name: str | None, overrides: list[str] | None):  # type: ignore[no-u
     if name is None and overrides:
         raise UsageError("--set changes a recipe: name one with -r (halfbyte ls recipes)")
     return load_recipe(name, overrides or []) if name else None
+
+
+def memory_limit(text: str | None) -> int | None:
+    """--memory in bytes."""
+    from halfbyte.experiments.mitigation import parse_bytes
+
+    return parse_bytes(text, "--memory") if text else None
 
 
 def plan(
@@ -139,6 +155,7 @@ def quantize(
     workers: Count = None,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -149,6 +166,7 @@ def quantize(
     from halfbyte.recipe import load_recipe
 
     chosen = load_recipe(recipe, override or [])
+    limit = memory_limit(memory)
     device = device or next(iter(device_list(devices)), None)
     with progress() as shown, solvers(devices, workers, ray, ray_workers, device, shown) as them:
         manifest = make(
@@ -161,6 +179,7 @@ def quantize(
             command=own_command(),
             progress=shown,
             workers=them,
+            memory=limit,
         )
     emit(manifest, style, artifact_words(output, manifest))
 
@@ -185,14 +204,25 @@ def run(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", metavar="NAMES", help="Measure tasks: `default`, or names separated by commas."),
+        typer.Option(
+            "--tasks",
+            "--task",
+            metavar="NAMES",
+            help="Measure tasks: `default`, or names and files as eval takes them, separated by commas.",
+        ),
     ] = None,
+    data: Data = None,
+    limit: Limit = None,
     long_context: Annotated[bool, typer.Option("--long-context", help="Measure the drift on long context.")] = False,
-    bench: Annotated[bool, typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM.")] = False,
+    bench: Annotated[
+        bool,
+        typer.Option("--bench", help="Measure tokens/s against BF16 in vLLM, at --concurrency and what gates name."),
+    ] = False,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     context: Context = None,
     concurrency: Concurrency = None,
     device: Device = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -220,6 +250,9 @@ def run(
         mitigate=mitigate,
         budget=budget,
         measure=measure,
+        memory=memory_limit(memory),
+        data=data,
+        limit=limit,
     )
     with progress() as shown:
         result = do(request, shown)

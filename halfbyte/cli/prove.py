@@ -9,7 +9,7 @@ import typer
 
 from halfbyte.cli import evaluations as asked
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Device, Style, Text
+from halfbyte.cli.make import Data, Device, Style, Text
 
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's directory.")]
 SERVED_SEED = 7
@@ -18,7 +18,7 @@ SERVED_SEED = 7
 def check(
     directory: Artifact,
     serve: Annotated[bool, typer.Option("--serve", help="Load it in real vLLM and compare what it computes.")] = False,
-    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="Where vLLM runs.")] = "cpu",
+    on: asked.On = None,
     text: Text = None,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     output: Annotated[
@@ -29,13 +29,13 @@ def check(
     """Structure, numbers, hashes; with --serve it really loads in vLLM and is scored over HTTP."""
     from halfbyte.artifact import check_artifact
     from halfbyte.cli.words import check_words
-    from halfbyte.files import make_directory, write_json
+    from halfbyte.files import make_directory, portable, write_json
     from halfbyte.serving import find_vllm
 
     if serve:
         find_vllm(vllm)
     with progress() as shown:
-        result = check_artifact(directory, shown)
+        result = {**check_artifact(directory, shown), "path": portable(directory)}
         served = _serve(directory, on, text, vllm, output, shown) if serve and result["ok"] else None
     if output:
         make_directory(output)
@@ -52,18 +52,19 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
 
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.evaluate import compare_served
-    from halfbyte.experiments.quantize import load_tokenizer
+    from halfbyte.evaluate.speed_machine import platform_here
+    from halfbyte.experiments.quantize import device_of, load_tokenizer
     from halfbyte.experiments.run import own_windows, windows_of
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer, device, on = load_tokenizer(directory), device_of(None), on or platform_here()
     if text:
         windows = windows_of(text, tokenizer, 512, None, 20)
     else:
-        windows = own_windows(load_fake_quantized(directory), tokenizer, SERVED_SEED, shown)
+        windows = own_windows(load_fake_quantized(directory, device=device), tokenizer, SERVED_SEED, shown)
     with tempfile.TemporaryDirectory() as scratch:
         log = (output or Path(scratch)) / "vllm.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, progress=shown)
+        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, device=device, progress=shown)
 
 
 def evaluate(
@@ -93,8 +94,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the model's own text, where no text is given.")] = 1,
     device: Device = None,
     task: asked.Task = None,
-    data: asked.Data = None,
-    limit: asked.Limit = None,
+    data: Data = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Items of a task, questions of a file.")
+    ] = None,
     chat_template: asked.ChatTemplate = False,
     qa: asked.Qa = None,
     qa_metric: asked.Metric = "f1",
@@ -105,7 +108,7 @@ def evaluate(
     long_context: asked.LongContext = False,
     samples: asked.Samples = 4,
     backend: asked.BackendOption = asked.Backend.hf,
-    on: asked.On = "cpu",
+    on: asked.On = None,
     vllm: asked.Vllm = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the results here.")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import MIB, Format, emit, own_command, progress
-from halfbyte.cli.make import Calibration, Device, Force, Model, On, Output, Resume, Style, Text
+from halfbyte.cli.make import Calibration, Device, Force, Memory, Model, On, Output, Resume, Style, Text, memory_limit
 from halfbyte.cli.workers import Ray, RayResources, RayWorkers
 from halfbyte.cli.workers import ray_workers as workers_of
 
@@ -41,7 +41,7 @@ def sweep(
     calibration: Calibration = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1. Repeatable."),
+        typer.Option("--gate", metavar="GATE", help="A budget: ppl=+5%, top1=90%, kl=0.1, speed@N=+60%. Repeatable."),
     ] = None,
     by: Annotated[By, typer.Option("--by", metavar="WHAT", help="What quality is: kl or ppl.")] = By.kl,
     bench: Annotated[
@@ -53,6 +53,7 @@ def sweep(
     ray: Ray = None,
     ray_workers: RayWorkers = None,
     ray_resources: RayResources = None,
+    memory: Memory = None,
     resume: Resume = False,
     force: Force = False,
     style: Style = Format.human,
@@ -79,7 +80,9 @@ def sweep(
             command=own_command(),
             progress=shown,
             workers=them,
+            memory=memory_limit(memory),
             judged_on=list(them.resources) if them else [],
+            bench=bench,
         )
         result = run()
         if bench and install:
@@ -142,8 +145,7 @@ def _last(result: dict[str, Any], output: Path) -> str:
     doubts = [] if best["accepted"] else ["no cell passes the gates"]
     doubts += [] if best["portable"] else ["not every platform named serves it"]
     said = f" ({'; '.join(doubts)})" if doubts else ""
-    on = "" if platform == "cpu" else f" --on {platform}"
-    return f"best: {best['cell']}{said} in {path}; next: halfbyte check {path} --serve{on}"
+    return f"best: {best['cell']}{said} in {path}; next: halfbyte check {path} --serve --on {platform}"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

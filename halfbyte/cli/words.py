@@ -30,7 +30,7 @@ def worst_line(manifest: dict[str, Any]) -> str:
 
 def check_words(directory: Path, result: dict[str, Any], served: dict[str, Any] | None) -> str:
     """What `check` found."""
-    lines = [f"{f['code']}: {f['where']}: {f['message']}" for f in result["findings"]]
+    lines = [": ".join(word for word in (f["code"], f["where"], f["message"]) if word) for f in result["findings"]]
     verdict = "is sound" if result["ok"] else f"is damaged ({len(lines)} findings)"
     lines.append(f"{directory} {verdict}: {result['tensors']} tensors, {result['bytes'] / MIB:,.0f} MiB")
     if served is not None:

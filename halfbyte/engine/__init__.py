@@ -3,9 +3,10 @@
 from halfbyte.engine.block import BlockResult
 from halfbyte.engine.loop import ALGORITHM_VERSION, quantize_blocks, work_id
 from halfbyte.engine.processes import Processes
+from halfbyte.engine.rounding import Block, Rounder
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.engine.solving import Job
-from halfbyte.engine.tune import Block, Tuned, Tuner
+from halfbyte.engine.tune import Tuned, Tuner
 from halfbyte.engine.workers import Errand, Here, Seat, Workers, as_done
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Here",
     "Job",
     "Processes",
+    "Rounder",
     "Seat",
     "Skeleton",
     "Tuned",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.engine.activations import Activations, Room
 from halfbyte.engine.skeleton import Skeleton
 
 PIECE = 256
@@ -25,30 +26,35 @@ Loss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Tape:
-    """One batch on its way through the model: `kept` holds every block's input and last the final block's output."""
+    """One batch on its way through the model: `kept` holds every block's input; `output` is the last block's output,
+    [B, T, D]."""
 
-    def __init__(self, skeleton: Skeleton, ids: torch.Tensor, load: Loader | None = None, keep: bool = True):
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        ids: torch.Tensor,
+        load: Loader | None = None,
+        keep: bool = True,
+        room: Room | None = None,
+    ):
         """Run tokens (int64 [B, T]) forward. `load` gives block i ready to run (default: the checkpoint's); without
-        `keep` the output alone is kept, and there is no way back."""
+        `keep` the output alone is kept, and there is no way back; room: for what is kept (None: memory)."""
         self.skeleton, self.load = skeleton, load
         (first,), arguments = skeleton.embed([ids])
         self.arguments = arguments[tuple(ids.shape)]
-        self.kept = [first]
+        self.kept = Activations(skeleton.device, room)
+        self.output: torch.Tensor = first
         with torch.no_grad():
             for index in range(len(skeleton.blocks)):
                 block = self._block(index, index + 1)
-                out = call(block, self.kept[-1], self.arguments[index])
-                self.kept = [*self.kept, out] if keep else [out]
+                if keep:
+                    self.kept.append(self.output)
+                self.output = call(block, self.output, self.arguments[index])
                 skeleton.drop_block(index)
 
     def _block(self, index: int, then: int) -> nn.Module:
         """Block `index` ready to run; `then` is the next."""
         return self.load(index) if self.load else self.skeleton.load_block(index, then=then)
-
-    @property
-    def output(self) -> torch.Tensor:
-        """The last block's output, [B, T, D]."""
-        return self.kept[-1]
 
     def head(self, loss: Loss) -> tuple[torch.Tensor, float]:
         """(gradient of the summed loss by the last block's output [B, T, D], the sum).

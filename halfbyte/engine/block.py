@@ -72,8 +72,8 @@ def solve_block(
     groups = family.groups_of(index) if groups is None else groups
     todo = [g for g in groups if prefix + g.names[0] in schemes]
     result = BlockResult()
-    weights = {n: tensors[f"{n}.weight"].float() for g in todo for n in g.names}
-    group_stats = {g.key: stats.get(g.key) or Stats.uniform(weights[g.names[0]].shape[1]) for g in todo}
+    weights = {n: tensors[f"{n}.weight"] for g in todo for n in g.names}
+    group_stats = {g.key: stats.get(g.key) or _no_stats(weights[g.names[0]]) for g in todo}
     for group in todo:
         _refuse_broken(prefix, group, weights, group_stats[group.key])
     scaled: set[str] = set()
@@ -94,6 +94,10 @@ def solve_block(
         for name, one in zip(group.names, solved):
             result.linears[prefix + name] = _with_input_scale(recipe, one, here)
     return result
+
+
+def _no_stats(weight_OI: torch.Tensor) -> Stats:
+    return Stats.uniform(weight_OI.shape[1], weight_OI.device)
 
 
 def _called(group: LinearGroup) -> str:
@@ -182,9 +186,9 @@ def _absorb(
         result.tensors[f"{prefix}{fold.norm}.weight"] = torch.where(usable, new, old)
         return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(s))
     weight = weights[fold.linear]
-    rows = _rows(fold, family, len(weight))
+    rows = family.rows_of(fold, len(weight))
     per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s
-    weights[fold.linear] = weight.clone()
+    weights[fold.linear] = weight.float().clone()
     weights[fold.linear][rows] /= per_row[:, None]
     bias = f"{fold.linear}.bias"
     if bias in tensors:
@@ -193,11 +197,3 @@ def _absorb(
         new[rows] /= per_row
         result.tensors[prefix + bias] = new.to(old.dtype)
     return s
-
-
-def _rows(fold: Fold, family: Family, out_features: int) -> slice:
-    if fold.part == "v":
-        return slice((family.num_heads + family.num_kv_heads) * family.head_dim, out_features)
-    if fold.part == "up":
-        return slice(out_features // 2, out_features)
-    return slice(0, out_features)

@@ -26,6 +26,8 @@ from halfbyte.types import LinearGroup
 
 CHUNK = 1024
 """Tokens of one bfloat16 product on a CPU."""
+WIDE = 16384
+"""A product of more columns is taken in panels on a CPU too, so that it never needs as much room as the sum itself."""
 PANELS, NARROWEST = 8, 1024
 """A Gram matrix on a GPU is computed in at most so many panels, none narrower: products must stay large."""
 LEAST = 1e-12
@@ -38,6 +40,7 @@ class Collector:
     def __init__(self, width: int, gram: bool, device: torch.device):
         self.gram = torch.zeros(width, width, device=device) if gram else None
         self.panels = panels(width) if gram and device.type == "cuda" else []
+        self.rows = panels(width) if width > WIDE else [slice(0, width)]
         self.moment = None if self.panels else torch.zeros(width, device=device)
         self.absmax = torch.zeros((), device=device)
         self.tokens = 0
@@ -60,7 +63,8 @@ class Collector:
             add_upper_gram_(self.gram, X_TI, self.panels)
             return
         for chunk in X_TI.split(CHUNK):
-            self.gram += chunk.T @ chunk
+            for rows in self.rows:
+                self.gram[rows] += chunk.T[rows] @ chunk
 
     def stats(self) -> Stats:
         """Weighted means over the tokens seen, the Gram matrix symmetric with the exact diagonal. Uses the sums up."""
@@ -73,7 +77,7 @@ class Collector:
         if moment is None:
             mirror_upper_(gram, self.panels).div_(n)
             return Stats(gram.diagonal().clone(), gram, float(self.absmax), self.tokens)
-        gram = (gram + gram.T).div_(2 * n)
+        symmetrize_(gram).div_(2 * n)
         gram.diagonal().copy_(moment / n)
         return Stats(moment / n, gram, float(self.absmax), self.tokens)
 
@@ -98,6 +102,21 @@ def mirror_upper_(gram_II: torch.Tensor, rows: list[slice]) -> torch.Tensor:
         square.copy_((square + square.T) / 2)
         gram_II[panel.stop :, panel] = gram_II[panel, panel.stop :].T
     return gram_II
+
+
+def symmetrize_(matrix_II: torch.Tensor, step: int = 2048) -> torch.Tensor:
+    """M + M^T in the place of M, bit for bit, a panel at a time."""
+    for first in range(0, len(matrix_II), step):
+        panel = slice(first, first + step)
+        square, right, below = (
+            matrix_II[panel, panel],
+            matrix_II[panel, first + step :],
+            matrix_II[first + step :, panel],
+        )
+        square.copy_(square + square.T)
+        right.add_(below.T)
+        below.copy_(right.T)
+    return matrix_II
 
 
 class Collectors:

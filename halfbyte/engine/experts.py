@@ -24,6 +24,8 @@ output error of a cluster's own tokens:
     R alone, down       -     9.50     9.39     9.11     7.61
     H, down           9.02    8.90     8.70     8.19     7.32
 
+So the prior costs an expert with very many tokens a little: 0.03 points of gate and up at 2,048.
+
 While the block runs, the experts' common inputs are kept with the router's choice: one more copy of the activations.
 The Gram matrices are made afterwards for one expert at a time, so that 128 experts take no more room than one.
 """
@@ -120,6 +122,11 @@ class ExpertInputs:
         step = max(1, sum(len(x) for x, *_ in self.kept) // SPREAD)
         for x, _, _, counts in self.kept:
             yield x[::step], counts[::step]
+
+    def forget(self) -> None:
+        """Let go of the inputs, when the last expert's statistics are made: what tokens there were stays known."""
+        assert self.tokens is not None
+        self.kept = []
 
     def notice(self, name: str) -> str:
         """One line about the experts of the module `name` that few tokens reached; empty where there are none."""

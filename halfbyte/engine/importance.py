@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from halfbyte.engine.activations import Room
 from halfbyte.engine.backprop import Tape, equal_lengths
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.models import Family
@@ -77,16 +78,20 @@ class Importance:
 
 
 def first_token(
-    skeleton: Skeleton, sequences: Sequence[torch.Tensor], seed: int = 0, progress: Progress | None = None
+    skeleton: Skeleton,
+    sequences: Sequence[torch.Tensor],
+    seed: int = 0,
+    progress: Progress | None = None,
+    room: Room | None = None,
 ) -> Importance:
     """Measure the first token's weight on a few of `sequences` (int64 [t]). Nothing where none is long enough, or where
-    the model's outputs are not finite (solving says where)."""
+    the model's outputs are not finite (solving says where). room: for the blocks' inputs."""
     progress = progress or Quiet()
     long = [s[:TOKENS] for s in sequences if len(s) >= LEAST]
     chosen = long[:: max(1, len(long) // SEQUENCES)][:SEQUENCES]
     batches = list(equal_lengths(chosen, SEQUENCES if len({*map(len, chosen)}) == 1 else BATCH))
     progress.start("weighing the first token", len(batches))
-    powers = _powers(skeleton, [(ids, None) for ids in batches], seed, progress)
+    powers = _powers(skeleton, [(ids, None) for ids in batches], seed, progress, room)
     weights = {}
     for key, rows in powers.items():
         first = torch.cat([row[:, 0] for row in rows]).mean()
@@ -96,12 +101,16 @@ def first_token(
 
 
 def every_token(
-    skeleton: Skeleton, batches: Sequence[Batch], seed: int = 0, progress: Progress | None = None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    seed: int = 0,
+    progress: Progress | None = None,
+    room: Room | None = None,
 ) -> Importance:
     """Measure every token's weight. Nothing where the model's outputs are not finite (solving says where)."""
     progress = progress or Quiet()
     progress.start("weighing tokens", len(batches))
-    powers = _powers(skeleton, batches, seed, progress)
+    powers = _powers(skeleton, batches, seed, progress, room)
     kept = [torch.ones(ids.shape) if keep is None else keep.cpu().view(ids.shape).float() for ids, keep in batches]
     count = sum(float(k.sum()) for k in kept)
     tokens = {}
@@ -113,18 +122,19 @@ def every_token(
 
 
 def _powers(
-    skeleton: Skeleton, batches: Sequence[Batch], seed: int, progress: Progress
+    skeleton: Skeleton, batches: Sequence[Batch], seed: int, progress: Progress, room: Room | None
 ) -> dict[Key, list[torch.Tensor]]:
     """||g||^2 of every group's outputs: for each batch float32 [B, T], on the CPU."""
     generator = torch.Generator(device=skeleton.device).manual_seed(seed)
     powers: dict[Key, list[torch.Tensor]] = {}
     for ids, keep in batches:
-        tape = Tape(skeleton, ids)
+        tape = Tape(skeleton, ids, room=room)
         if not bool(tape.output.isfinite().all()):
             return {}
         gradient, _ = tape.head(partial(_surprise, generator=generator, keep=keep))
         watch = _Watch(skeleton.family)
         tape.backward(gradient, watch)
+        tape.kept.close()
         for key, power in watch.powers.items():
             powers.setdefault(key, []).append(power.cpu().view(ids.shape))
         progress.advance()

@@ -12,17 +12,20 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from halfbyte.algo import Stats, dequantize
+from halfbyte.engine.activations import Activations
 from halfbyte.engine.backprop import call
 from halfbyte.engine.block import BlockResult, solve_block
 from halfbyte.engine.collect import Collector, Collectors
 from halfbyte.engine.experts import ExpertInputs
 from halfbyte.engine.importance import EXPERTS, Importance, every_token, first_token
+from halfbyte.engine.memory import Fit, fit
 from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.engine.solving import Job, Solving
@@ -36,6 +39,8 @@ ALGORITHM_VERSION = 5
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward of a block: a GPU's products and sums want more."""
+SAMPLE_TOKENS = 16_384
+"""How many tokens the statistics are of where effort is fast: more made scales no better (docs/log.md)."""
 HEAD = -1
 """The `block` under which lm_head is emitted."""
 
@@ -49,6 +54,12 @@ def work_id(recipe: Recipe, model_fingerprint: str, calibration_sha256: str | No
         "algorithm": ALGORITHM_VERSION,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sample(sequences: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """Evenly spread sequences of about `tokens` tokens together; all of them where they have no more."""
+    step = max(1.0, sum(map(len, sequences)) / tokens)
+    return [sequences[int(i * step)] for i in range(max(1, int(len(sequences) / step)))]
 
 
 def make_batches(sequences: Sequence[torch.Tensor], budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -100,25 +111,36 @@ def quantize_blocks(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
-) -> None:
+    memory: int | None = None,
+    scratch: Path | None = None,
+) -> list[str]:
     """Run the pass: every job's `emit` gets every block it has not `done`.
 
     sequences   calibration token ids (int64 [t] each); None only where every recipe is data-free
     batch_tokens    of one forward; None: BATCH_TOKENS, by the device
     workers     who solves while the pass goes on; None: this process, on `device`
+    memory      bytes of the host's that the pass may take beyond what the process has; None: a share of what is free
+    scratch     a directory for the hidden states that do not fit (memory.py); None: the system's temporary one
+    Returns notices: what was done to stay within the memory, beyond putting hidden states on disk.
     Raises HalfbyteError where a recipe needs calibration and there is none, or where propagation is asked for
     more than one recipe.
     """
     progress = progress or Quiet()
     _refuse(jobs, sequences)
+    tokens = batch_tokens or BATCH_TOKENS[torch.device(device).type]
+    fitted = fit(checkpoint, jobs, sequences, device, tokens, memory, scratch)
+    notices = [fitted.notice] if fitted.notice else []
+    for notice in notices:
+        progress.say(notice)
     run = _Pass(checkpoint, jobs, device, progress, workers)
     try:
         if sequences is None:
             run.without_data()
         else:
-            run.with_data(sequences, batch_tokens or BATCH_TOKENS[torch.device(device).type])
+            run.with_data(sequences, fitted)
     finally:
         run.solving.keeping.close()
+    return notices
 
 
 def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> None:
@@ -129,21 +151,26 @@ def _refuse(jobs: Sequence[Job], sequences: Sequence[torch.Tensor] | None) -> No
         raise HalfbyteError(
             "propagate serves one recipe at a time: statistics behind quantized blocks differ by recipe"
         )
-    if len({job.recipe.effort == "max" for job in jobs}) > 1:
-        raise HalfbyteError("effort max weighs every token: it shares no pass with recipes of less effort")
+    if len({job.recipe.statistics for job in jobs}) > 1:
+        raise HalfbyteError("recipes of such different effort collect other statistics: they share no pass")
 
 
 class _Pass:
     def __init__(
-        self, checkpoint: Checkpoint, jobs: Sequence[Job], device: str, progress: Progress, workers: Workers | None
+        self,
+        checkpoint: Checkpoint,
+        jobs: Sequence[Job],
+        device: str,
+        progress: Progress,
+        workers: Workers | None,
     ):
         self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
         self.skeleton = Skeleton(checkpoint, device)
         self.family = self.skeleton.family
         self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
-        self.careful = any(j.recipe.effort == "max" for j in jobs)
-        self.gram = any(j.recipe.rounding == "gptq" or j.recipe.scaling == "awq" for j in jobs)
+        self.statistics = jobs[0].recipe.statistics if jobs else "all"
+        self.gram = any(job.recipe.needs_gram for job in jobs)
 
     def without_data(self) -> None:
         count = self.family.num_blocks
@@ -157,20 +184,26 @@ class _Pass:
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._finish(None)
 
-    def with_data(self, sequences: Sequence[torch.Tensor], batch_tokens: int) -> None:
+    def with_data(self, sequences: Sequence[torch.Tensor], fitted: Fit) -> None:
+        with Activations(self.skeleton.device, fitted.room) as hidden:
+            self._with_hidden(sequences, fitted, hidden)
+
+    def _with_hidden(self, sequences: Sequence[torch.Tensor], fitted: Fit, hidden: Activations) -> None:
         count = self.family.num_blocks
-        batches = make_batches(sequences, batch_tokens)
-        hidden, arguments = self.skeleton.embed(ids for ids, _ in batches)
+        if self.statistics == "sample":
+            sequences = sample(sequences, SAMPLE_TOKENS)
+        batches = make_batches(sequences, fitted.batch_tokens)
+        arguments = self.skeleton.embed((ids for ids, _ in batches), hidden)[1]
         keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
         shapes = [tuple(ids.shape) for ids, _ in batches]
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
         if any(not j.done(HEAD) for j in self._head_jobs()):
             last = count - 1
-        if last >= 0:
-            if self.careful:
-                self.importance = every_token(self.skeleton, batches, progress=self.progress)
-            else:
-                self.importance = first_token(self.skeleton, sequences, progress=self.progress)
+        if last >= 0 and self.statistics == "weighted":
+            self.importance = every_token(self.skeleton, batches, progress=self.progress, room=fitted.tape)
+        elif last >= 0 and self.statistics == "all":
+            self.importance = first_token(self.skeleton, sequences, progress=self.progress, room=fitted.tape)
+        self.skeleton.drop_head()
         self.progress.start("quantizing", count)
         for index in range(count):
             if index <= last:
@@ -179,14 +212,12 @@ class _Pass:
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._finish((hidden, keeps))
 
-    def _finish(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
+    def _finish(self, activations: tuple[Activations, list[Any]] | None) -> None:
         self.solving.finish()
         self._head(activations)
         self.solving.keeping.settle()
 
-    def _one_block(
-        self, index: int, hidden: list[torch.Tensor], keeps: list[Any], kwargs: list[dict[str, Any]]
-    ) -> None:
+    def _one_block(self, index: int, hidden: Activations, keeps: list[Any], kwargs: list[dict[str, Any]]) -> None:
         block = self.skeleton.load_block(index, then=index + 1)
         waiting = [j for j in self.jobs if not j.done(index)]
         propagate = self.jobs[0].recipe.propagate
@@ -250,7 +281,7 @@ class _Pass:
     def _head_jobs(self) -> list[Job]:
         return [j for j in self.jobs if self.family.lm_head in j.schemes]
 
-    def _head(self, activations: tuple[list[torch.Tensor], list[Any]] | None) -> None:
+    def _head(self, activations: tuple[Activations, list[Any]] | None) -> None:
         """Quantize lm_head for the recipes that ask for it: its input is the final norm's output."""
         from halfbyte.algo import solve_group
         from halfbyte.engine.block import options_of
@@ -260,7 +291,7 @@ class _Pass:
             return
         name = self.family.lm_head
         weight = self.checkpoint.load(f"{name}.weight").to(self.skeleton.device)
-        stats = Stats.uniform(weight.shape[1])
+        stats = Stats.uniform(weight.shape[1], weight.device)
         if activations is not None:
             collector = Collector(weight.shape[1], self.gram, self.skeleton.device)
             for x, keep in zip(*activations):

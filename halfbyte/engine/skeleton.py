@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint, Family, family_of, unfuse
+
+
+class Hidden(Protocol):
+    """What takes in batches' hidden states: a list, or Activations."""
+
+    def append(self, value: torch.Tensor, /) -> None: ...
 
 
 class _Recorder(nn.Module):
@@ -129,6 +135,10 @@ class Skeleton:
             self._head = self.checkpoint.load(f"{self.family.lm_head}.weight").to(self.device, self.dtype)
         return self._head
 
+    def drop_head(self) -> None:
+        """Let go of lm_head; it is loaded again when logits are asked for."""
+        self._head = None
+
     def load_block(
         self, index: int, given: dict[str, torch.Tensor] | None = None, then: int | None = None
     ) -> nn.Module:
@@ -155,11 +165,13 @@ class Skeleton:
             setattr(block.get_submodule(owner), leaf, nn.Parameter(empty, requires_grad=False))
 
     @torch.no_grad()
-    def embed(self, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], dict[Any, dict[int, dict[str, Any]]]]:
-        """Token batches (int64 [B, T]) to the first block's inputs ([B, T, D]) and, per batch shape, every block's
-        keyword arguments."""
+    def embed(
+        self, batches: Iterable[torch.Tensor], hidden: Hidden | None = None
+    ) -> tuple[Any, dict[Any, dict[int, dict[str, Any]]]]:
+        """Token batches (int64 [B, T]) to the first block's inputs ([B, T, D]), appended to `hidden` (None: to a list),
+        and, per batch shape, every block's keyword arguments."""
         arguments: dict[Any, dict[int, dict[str, Any]]] = {}
-        hidden = []
+        hidden = [] if hidden is None else hidden
         real = self.inner.layers
         try:
             for ids in batches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ class Job:
     emit: Callable[[int, BlockResult], None]
     failed: Callable[[int, Exception], None] | None = None
 
+
+EXPERTS_AHEAD = 2
+"""Parts of a block with experts that are made for each worker: the one that it solves, and the next."""
 
 UnderWay = tuple[int, Sequence[Job], "list[Future[Any]]", "ExpertInputs | None"]
 """A block, those who wait for it, its parts, and what its experts were given."""
@@ -107,12 +110,19 @@ class Solving:
         """Have the block solved, and take in what is done by now: all of it here, blocks before it from workers apart.
 
         What precedes the experts comes first, then each of them with its own statistics. Here, jobs are solved one by
-        one; workers apart get the parts of the block, each for all jobs.
+        one; workers apart get the parts of the block, each for all jobs. Experts have statistics of their own: there
+        no more parts are made than the workers soon take.
         """
         wholes = (self._part(index, groups, jobs, tensors, stats, experts) for groups in self._groups(index, jobs))
         if not self.workers.apart:
             return self._solve_here(index, jobs, wholes, experts)
-        parts = [self._submit(part) for whole in wholes for part in divide(whole)]
+        parts: list[Future[Any]] = []
+        for part in (part for whole in wholes for part in divide(whole)):
+            parts.append(self._submit(part))
+            if experts:
+                self._wait_for_room(parts)
+        if experts:
+            experts.forget()
         self.under_way.append((index, jobs, parts, experts))
         ahead = 1 + self.workers.count // max(1, len(parts))
         return self.finish(0 if jobs[0].recipe.propagate else ahead)
@@ -130,6 +140,12 @@ class Solving:
                     self.under_way.append((index, [job], mine, experts))
                     results += self.finish()
         return results
+
+    def _wait_for_room(self, parts: Sequence[Future[Any]]) -> None:
+        """Until fewer than `EXPERTS_AHEAD` parts for each worker are waiting or being solved."""
+        waiting = {one for one in (*parts, *(f for _, _, them, _ in self.under_way for f in them)) if not one.done()}
+        while len(waiting) >= EXPERTS_AHEAD * self.workers.count:
+            waiting = wait(waiting, return_when=FIRST_COMPLETED).not_done
 
     def _submit(self, part: Part) -> Future[Any]:
         return self.workers.submit(Errand(part.label, self.solve_part, (part,)))

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from halfbyte.algo import dequantize
 from halfbyte.algo.int4 import storable
 from halfbyte.algo.nvfp4 import e4m3
 from halfbyte.engine.backprop import Tape, equal_lengths
+from halfbyte.engine.rounding import Block, Learning, Rounder, on_device
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.types import Progress, QuantizedLinear, Quiet
 
@@ -41,6 +43,7 @@ class Schedule:
     sequences    of one step
     scale_rate   largest relative change a step, by grid: NVFP4's scales have 3 bits of mantissa, and need more to move
     norm_rate    the same for norms
+    learning     of the rounding, block by block, before anything is trained; None: codes stay as they are
     """
 
     epochs: int
@@ -48,12 +51,13 @@ class Schedule:
     sequences: int = 8
     scale_rate: tuple[tuple[str, float], ...] = (("int4_sym", 1e-3), ("int4_asym", 1e-3), ("nvfp4", 3e-3))
     norm_rate: float = 1e-3
+    learning: Learning | None = None
 
 
 LIGHT_RATES = (("int4_sym", 2e-3), ("int4_asym", 2e-3), ("nvfp4", 3e-3))
 SCHEDULES = {
     "light": Schedule(1, steps=16, sequences=2, scale_rate=LIGHT_RATES, norm_rate=2e-3),
-    "full": Schedule(4),
+    "full": Schedule(2, learning=Learning()),
 }
 """By the recipe's `tune`."""
 SLACK = 1.05
@@ -62,9 +66,6 @@ codes were fitted to that very text, so a little worse there is better elsewhere
 FINAL = "model.norm.weight"
 WARMUP = 4
 """Steps until the full rate; it then falls as a cosine."""
-
-Block = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
-"""Quantized linears and changed tensors of a block, by full name."""
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Tuner:
         for index in range(skeleton.family.num_blocks):
             linears, tensors = blocks(index)
             for name, q in linears.items():
-                self.linears[name] = _on(q, skeleton.device)
+                self.linears[name] = on_device(q, skeleton.device)
                 self.scales[name] = _Adam(self.linears[name].scales)
             self.changed |= {name: tensor.to(skeleton.device, skeleton.dtype) for name, tensor in tensors.items()}
         self.weights = {name: self._weight(name) for name in self.linears}
@@ -231,13 +232,37 @@ class Tuner:
         return (self.norms[name].value - self.offset).to(self.skeleton.dtype)
 
 
+def train(
+    skeleton: Skeleton,
+    blocks: Callable[[int], Block],
+    schedule: Schedule,
+    sequences: Sequence[torch.Tensor],
+    scaled: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor], dict[str, Any]]:
+    """All that `schedule` asks for: the rounding where it is learned, then scales and norms.
+
+    scaled    whether input scales may have been folded into the blocks
+    Returns every linear and tensor that is better for it (nothing where all was better before), and a note on how it
+    went. What does not come out better is left as it was.
+    """
+    progress = progress or Quiet()
+    note: dict[str, Any] = {}
+    linears: dict[str, QuantizedLinear] = {}
+    if schedule.learning:
+        learned = Rounder(skeleton, blocks, scaled, schedule.learning, progress).run(sequences, seed)
+        blocks, linears, note["rounding"] = learned.blocks.__getitem__, learned.linears, learned.note
+    done = Tuner(skeleton, blocks, schedule, progress).run(sequences, seed)
+    note |= {"kl_before": done.before, "kl_after": done.after, "kept": done.better}
+    if done.better:
+        return done.linears, done.tensors, note
+    progress.say(f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left out")
+    return linears, {}, note
+
+
 def _is_norm(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim == 1 and name.endswith(".weight")
-
-
-def _on(q: QuantizedLinear, device: torch.device) -> QuantizedLinear:
-    zeros = None if q.zeros is None else q.zeros.to(device)
-    return replace(q, codes=q.codes.to(device), scales=q.scales.to(device), zeros=zeros)
 
 
 def _batches(sequences: Sequence[torch.Tensor], size: int, generator: torch.Generator) -> list[torch.Tensor]:

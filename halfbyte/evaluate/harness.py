@@ -6,6 +6,7 @@ What is wanted are the items: each document's own value of each metric, so that 
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import math
 import random
@@ -53,27 +54,70 @@ def load_tasks(specs: Sequence[str | Path | dict[str, Any]]) -> dict[str, Any]:
     Raises UsageError for an unknown name, HalfbyteError where lm-eval is missing or a task's data cannot be had.
     """
     _lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    wanted: list[Any] = [part for spec in specs for part in _local(spec)]
+    wanted = _wanted(specs)
     with _silent():
-        manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in wanted))
+        manager = _manager(wanted)
         loaded: dict[str, Any] = {}
         for spec in wanted:
-            name = spec if isinstance(spec, str) else spec["task"]
-            if isinstance(spec, str) and spec not in manager.task_index:
-                close = difflib.get_close_matches(spec, manager.all_tasks, n=1)
-                hint = f": did you mean {close[0]!r}?" if close else ": see `lm-eval ls tasks`"
-                raise UsageError(f"lm-eval knows no task {spec!r}{hint}")
             try:
                 loaded |= manager.load([spec])["tasks"]
             except Exception as error:  # datasets, fsspec, the hub's client and a task's own code raise their own
-                raise HalfbyteError(f"the task {name} cannot be loaded: {_reason(error)}") from error
+                raise HalfbyteError(f"the task {_name(spec)} cannot be loaded: {_reason(error)}") from error
     for task in loaded.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
     return loaded
+
+
+def task_names(specs: Sequence[str | Path | dict[str, Any]]) -> list[str]:
+    """What specs are called: an own task by its `task`, one of lm-eval's, or a group of them, as it was written.
+
+    Raises as `load_tasks`, but knows nothing of data, and not whether lm-eval has such a task.
+    """
+    _lm_eval()
+    return [_name(spec) for spec in _wanted(specs)]
+
+
+def refuse_unknown(specs: Sequence[str | Path | dict[str, Any]], single: Sequence[str] = ()) -> None:
+    """Raises UsageError for a name that lm-eval does not know, and for one of `single` that means several tasks."""
+    _lm_eval()
+    wanted = _wanted(specs)
+    with _silent():
+        manager = _manager(wanted)
+    own = {_name(spec) for spec in wanted if not isinstance(spec, str)}
+    several = {*manager.all_groups, *manager.all_tags} - own
+    for name in single:
+        if name in several:
+            raise UsageError(f"{name!r} stands for several tasks of lm-eval's: name one of them")
+
+
+def _wanted(specs: Sequence[str | Path | dict[str, Any]]) -> list[Any]:
+    """Names of lm-eval's and configs of own tasks."""
+    return [part for spec in specs for part in _local(spec)]
+
+
+def _name(spec: str | dict[str, Any]) -> str:
+    return spec if isinstance(spec, str) else str(spec["task"])
+
+
+def _manager(wanted: Sequence[Any]) -> Any:
+    """lm-eval's index of tasks, which has every name of `wanted`."""
+    manager = _index(any(isinstance(spec, str) for spec in wanted))
+    for spec in wanted:
+        if isinstance(spec, str) and spec not in manager.task_index:
+            close = difflib.get_close_matches(spec, manager.all_tasks, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else ": see `lm-eval ls tasks`"
+            raise UsageError(f"lm-eval knows no task {spec!r}{hint}")
+    return manager
+
+
+@functools.cache
+def _index(defaults: bool) -> Any:
+    """lm-eval's manager of tasks; with its own ones it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
 
 
 def ask(

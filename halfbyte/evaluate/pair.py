@@ -41,7 +41,7 @@ class Pair:
 
     baseline, model   without `serving`: transformers causal LMs in eval mode. With it: directories, each served by a
                       vLLM of its own while it is asked, or URLs of servers that run already.
-    names             what results call the two
+    names             what results call the two;  work: the one that the 4-bit model's artifact names
     """
 
     baseline: Any
@@ -49,6 +49,7 @@ class Pair:
     tokenizer: Any
     names: tuple[str, str]
     serving: Serving | None = None
+    work: str | None = None
 
     @property
     def backend(self) -> str:
@@ -62,6 +63,7 @@ class Pair:
             "baseline": self.names[0],
             "model": self.names[1],
             "backend": self.backend,
+            "work": self.work,
         }
 
     def context(self) -> int | None:

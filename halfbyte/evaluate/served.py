@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.scoring import score_reference
 from halfbyte.evaluate.windows import Windows
-from halfbyte.files import make_directory, write_json
+from halfbyte.files import make_directory, portable, write_json
 from halfbyte.types import Progress, Quiet
 
 SERVED = "served.json"
@@ -25,14 +26,17 @@ def compare_served(
     platform: str = "cpu",
     vllm: str | None = None,
     log_path: Path | str,
+    device: str = "cpu",
     timeout: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Serve the artifact in `directory` with real vLLM, score `windows` there and in transformers, and compare.
 
     vllm        the user's --vllm (else HALFBYTE_VLLM, else found); log_path: where vLLM's own log goes.
-    Returns the content of served.json. Without a vLLM, or when it does not start or refuses the artifact, status
-    is "not served" and `reason` says why in one line; nothing is compared then.
+    device      where transformers scores, when vLLM has ended.
+    Returns the content of served.json, which says nothing of where the artifact and vLLM lie. Without a vLLM, or when
+    it does not start or refuses the artifact, status is "not served" and `reason` says why in one line; nothing is
+    compared then.
     Raises UsageError when the vLLM that the user names is not there.
     """
     from halfbyte.serving import find_vllm, probe
@@ -59,11 +63,18 @@ def compare_served(
             **limits,
         )
     except HalfbyteError as error:
-        return {**blank, "reason": str(error), "vllm": install.version}
+        reason = str(error).replace(f"{Path(log_path).parent}/", "")
+        return {**blank, "reason": reason, "vllm": install.version}
     from halfbyte.artifact import load_fake_quantized
 
-    reference = score_reference(load_fake_quantized(directory), windows, progress=progress)
-    return judge({**blank, **found}, reference["perplexity"])
+    reference = score_reference(load_fake_quantized(directory, device=device), windows, progress=progress)
+    return judge({**blank, **found, "command": _placeless(found["command"], directory)}, reference["perplexity"])
+
+
+def _placeless(command: Sequence[str], directory: Path) -> list[str]:
+    """A command with vLLM and the artifact by their last names; the version says which vLLM it was."""
+    names = {str(directory): portable(directory)}
+    return [*(Path(word).name for word in command[:1]), *(names.get(word, word) for word in command[1:])]
 
 
 def judge(facts: dict[str, Any], ppl_reference: float, limit: float = LIMIT) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class BenchRequest:
     prefill     tokens of the long prompts that are answered by one token; 0: not measured
     extra       words for every vLLM
     watch       what to look for in long generations (halfbyte.evaluate.stability), or None
+    loads       whether speed is measured; False: only what `watch` looks for, of the same servers
     """
 
     variants: tuple[Variant, ...]
@@ -74,10 +75,13 @@ class BenchRequest:
     seed: int = 0
     extra: tuple[str, ...] = ()
     watch: Watch | None = None
+    loads: bool = True
 
     @cached_property
     def points(self) -> dict[str, Load]:
         """The loads by name: c1, c16, … and prefill."""
+        if not self.loads:
+            return {}
         found = {f"c{level}": self._load(level) for level in self.concurrency}
         if self.prefill:
             prompts = min(PREFILL_PROMPTS, self.requests or PREFILL_PROMPTS)
@@ -168,6 +172,12 @@ def command_for(request: BenchRequest, variant: Variant, install: VllmInstall) -
     )
 
 
+def context_limit(models: Sequence[Path]) -> int | None:
+    """The longest sequence that all of these take; None where none of them says."""
+    limits = [read_json(model / "config.json").get("max_position_embeddings") for model in models]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def _refuse(request: BenchRequest) -> None:
     names = [variant.name for variant in request.variants]
     if len(set(names)) < len(names):
@@ -176,8 +186,7 @@ def _refuse(request: BenchRequest) -> None:
         raise UsageError("one repeat gives no interval: ask for two or more (--repeats)")
     if not 1 <= request.turns <= request.repeats:
         raise UsageError(f"{request.turns} turns want as many repeats: ask for --repeats {max(2, request.turns)}")
-    limits = [read_json(v.directory / "config.json").get("max_position_embeddings") for v in request.variants]
-    limit = min((limit for limit in limits if limit), default=None)
+    limit = context_limit([variant.directory for variant in request.variants])
     if limit is not None and request.context > limit:
         raise UsageError(
             f"sequences of up to {request.context} tokens are asked for, and the model takes {limit}: "

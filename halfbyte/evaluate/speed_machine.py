@@ -6,7 +6,11 @@ import os
 import platform
 from pathlib import Path
 
+from halfbyte.platforms import Platform, list_platforms, load_platform
 from halfbyte.serving.bench_memory import device_name
+
+NODES = {"NVIDIA": "/dev/nvidiactl", "AMD": "/dev/kfd"}
+"""What a driver makes in /dev, by the GPU's maker."""
 
 
 def hardware(accelerator: bool) -> str:
@@ -14,6 +18,25 @@ def hardware(accelerator: bool) -> str:
     named = device_name() if accelerator else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return named or f"{_processor()}, {cores} cores"
+
+
+def nearness(platform: Platform) -> int:
+    """Whether this machine is that platform: 2: it is; 1: its GPU is another of the same maker, or has no name that can
+    be asked for; 0: it is not."""
+    if not platform.capabilities.accelerator:
+        return 2
+    named = device_name()
+    if named is None:
+        return int(any(Path(node).exists() for maker, node in NODES.items() if platform.maker in ("", maker)))
+    if not platform.device or platform.device in named:
+        return 2
+    return int(platform.maker in named)
+
+
+def platform_here() -> str:
+    """The platform of ours that this machine is by its GPU's name; cpu where it is none of them."""
+    named = [name for name in list_platforms() if load_platform(name).capabilities.accelerator]
+    return next((name for name in named if nearness(load_platform(name)) == 2), "cpu")
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte.artifact import work_of
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, STABILITY, Measured, Variant
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
@@ -41,6 +42,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "hardware": found.hardware,
         "vllm": found.install.version,
         "model": directories.get(MODEL),
+        "work": _work(found),
         "baseline": directories.get(BASELINE),
         "input_tokens": request.input_tokens,
         "output_tokens": request.output_tokens,
@@ -66,7 +68,12 @@ def stability_result(found: Measured) -> dict[str, Any] | None:
     if found.request.watch is None:
         return None
     seen = {name: next(iter(found.runs(name, STABILITY)), None) for name in (BASELINE, MODEL)}
-    return judge(seen[MODEL] or {}, seen[BASELINE])
+    return {**judge(seen[MODEL] or {}, seen[BASELINE]), "work": _work(found)}
+
+
+def _work(found: Measured) -> str | None:
+    """The work that the model's artifact names, so that the result is not taken for another's."""
+    return next((work_of(variant.directory) for variant in found.request.variants if variant.name == MODEL), None)
 
 
 def write_bench(output: Path, found: Measured) -> tuple[dict[str, Any], dict[str, Any] | None]:

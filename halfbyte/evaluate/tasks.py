@@ -80,6 +80,26 @@ def compare_tasks(
     return [_compared(name, first, second, pair.tokenizer, seed) for name, (first, second) in found.items()]
 
 
+def task_words(text: str) -> list[str]:
+    """Names and files of tasks from the words of a user, which commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def with_named(tasks: Sequence[str], names: Sequence[str], data: Path | None = None) -> list[str]:
+    """`tasks` as for `evaluate_tasks`, and those of `names` that they do not hold."""
+    from halfbyte.evaluate.harness import task_names
+
+    held = task_names(_specs(tasks, data)) if names else []
+    return [*tasks, *(name for name in dict.fromkeys(names) if name not in held)]
+
+
+def refuse_tasks(tasks: Sequence[str], names: Sequence[str], data: Path | None = None) -> None:
+    """Raises UsageError for an unknown task, one without data, and for one of `names` that stands for several."""
+    from halfbyte.evaluate.harness import refuse_unknown
+
+    refuse_unknown(_specs(tasks, data), names)
+
+
 def tasks_result(pair: Pair, rows: Sequence[Compared], seconds: float) -> dict[str, Any]:
     """The content of tasks.json."""
     return {

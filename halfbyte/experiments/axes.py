@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.platforms.base import merged
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.loader import check_keys
 
@@ -29,7 +30,7 @@ def expand_axes(axes: Any, source: str) -> Iterator[tuple[dict[str, Any], dict[s
     for combination in itertools.product(*values):
         keys: dict[str, Any] = {}
         for _, more in combination:
-            keys = merge(keys, more)
+            keys = merged(keys, more)
         yield keys, {str(axis): label for axis, (label, _) in zip(axes, combination)}
 
 
@@ -73,12 +74,3 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     for part in reversed(path.split(".")):
         value = {part: value}
     return value
-
-
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings' keys, `over`'s values where both have one; mappings within are merged alike."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

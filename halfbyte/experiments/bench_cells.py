@@ -17,6 +17,8 @@ from halfbyte.serving.bench import OK
 from halfbyte.types import Progress
 
 RATE = "output_tokens_per_second"
+CELL = "cell-"
+"""Before a cell's name in that of its server: a cell may be called `baseline`."""
 
 
 def bench_cells(
@@ -40,7 +42,7 @@ def bench_cells(
     first = Variant(BASELINE, baseline)
     cells, refused = [], {}
     for row in made:
-        variant = Variant(row["name"], sweep / row["path"])
+        variant = Variant(CELL + row["name"], sweep / row["path"])
         try:
             command_for(BenchRequest((variant,), known, (concurrency,), **load), variant, install)
             cells.append(variant)
@@ -50,7 +52,8 @@ def bench_cells(
         return {}
     request = BenchRequest((first, *cells), known, (concurrency,), **load)
     found = measure(request, sweep, install, progress=progress)
-    results = {cell.name: bench_cell(found, cell.name) for cell in cells}
+    names = [cell.name.removeprefix(CELL) for cell in cells]
+    results = {name: bench_cell(found, name) for name in names}
     results |= {name: {**_blank(found, name), "status": "failed", "reason": why} for name, why in refused.items()}
     results |= {row["name"]: results[row["same_as"]] for row in rows if row["same_as"] in results}
     works = {row["name"]: row.get("work") for row in rows}
@@ -63,7 +66,7 @@ def bench_cell(found: Measured, name: str) -> dict[str, Any]:
     """One cell's file: status, reason, tokens_per_second (its median; null where not measured), interval, gain over
     BF16 {value, low, high} or null, the latencies, and `points` as in bench.json: the same beside BF16."""
     (level,) = found.request.concurrency
-    runs, base = found.runs(name, f"c{level}"), found.runs(BASELINE, f"c{level}")
+    runs, base = found.runs(CELL + name, f"c{level}"), found.runs(BASELINE, f"c{level}")
     mine, other = (summary(side, found.request.repeats) for side in (runs, base))
     both = mine["status"] == other["status"] == OK
     gain = ratio_interval([run[RATE] for run in runs], [run[RATE] for run in base]) if both else None

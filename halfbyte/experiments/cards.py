@@ -16,6 +16,7 @@ from halfbyte.models.checkpoint import read_json
 from halfbyte.plan import variant_of
 from halfbyte.platforms import Platform, list_platforms, load_platform
 from halfbyte.recipe import Recipe
+from halfbyte.report.sources import tells_of
 from halfbyte.serving import serve_command
 
 MEASURED = ("tasks", "long_context", "bench", "stability")
@@ -45,11 +46,13 @@ def write_cards(
         write_text(directory / "README.md", card)
 
 
-def card_results(place: Path | None) -> dict[str, Any]:
-    """The results in a directory, by the names that `model_card` gives them; what is not there is left out."""
+def card_results(place: Path | None, work: str) -> dict[str, Any]:
+    """The results in a directory, by the names that `model_card` gives them; what is not there, or tells of another
+    work, is left out."""
     names = {"evaluation": "eval"} | {n: n for n in ("served", "gates", *MEASURED)}
     files = {name: place / f"{file}.json" for name, file in names.items()} if place is not None else {}
-    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    return {name: result for name, result in found.items() if tells_of(result, work)}
 
 
 def commands_here(directory: Path, manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -151,6 +151,7 @@ class RunGround:
                 command=self.shop.request.command,
                 blocks=self.store,
                 progress=self.shop.progress,
+                memory=self.shop.request.memory,
             )
         return self.last
 

@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from halfbyte.errors import UsageError
-from halfbyte.experiments.axes import expand_axes, merge, nested
+from halfbyte.experiments.axes import expand_axes, nested
+from halfbyte.platforms.base import merged
 from halfbyte.recipe import Recipe
-from halfbyte.recipe.loader import check_keys, read_tree, recipe_from_mapping
+from halfbyte.recipe.loader import check_keys, read_tree, read_yaml, recipe_from_mapping
 
 KEYS = ("description", "extends", "defaults", "cells", "axes", "exclude")
 CELL_KEYS = ("extends", "axes")
@@ -98,14 +99,7 @@ def _read(source: str, beside: Path | None = None) -> tuple[str, Mapping[str, An
             raise UsageError(f"matrix file {source} does not exist")
         told = hint(source, _ready()) or f": use {', '.join(_ready())}, or a YAML file"
         raise UsageError(f"there is no matrix {source!r}{told}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "not text in UTF-8"
-        raise UsageError(f"{path}{where}: not valid YAML ({what})") from None
-    return path.stem, tree, str(path)
+    return path.stem, read_yaml(path), str(path)
 
 
 def _matrix(name: str, tree: Any, source: str) -> Matrix:
@@ -179,7 +173,7 @@ def _expand(
     if "axes" not in specs[name]:
         yield _cell(name, _resolve(spec, specs, cells, defaults, source, (name,)), {}, source)
     for keys, labels in axes:
-        tree = _resolve(merge(spec, keys), specs, cells, defaults, source, (name,))
+        tree = _resolve(merged(spec, keys), specs, cells, defaults, source, (name,))
         yield _cell("-".join([name, *labels.values()]), tree, labels, source)
 
 
@@ -195,7 +189,7 @@ def _resolve(
     own = {key: value for key, value in spec.items() if key not in CELL_KEYS}
     base = spec.get("extends")
     if base is None:
-        return merge(defaults, own)
+        return merged(defaults, own)
     base = str(base)
     if base in specs and base not in above:
         below = {k: v for k, v in specs[base].items() if k != "axes"}
@@ -215,7 +209,7 @@ def _resolve(
 
 def _over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """`own` keys over those of a base, whose description then no longer fits."""
-    return merge({k: v for k, v in base.items() if k != "description" or not own}, own)
+    return merged({k: v for k, v in base.items() if k != "description" or not own}, own)
 
 
 def _cell(name: str, keys: dict[str, Any], labels: dict[str, str], source: str) -> MatrixCell:

@@ -21,16 +21,33 @@ from halfbyte.recipe import Recipe
 from halfbyte.types import Progress
 
 
-@dataclass(frozen=True)
-class Subject:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user wants measured, known before anything is made.
+
+    gates              all of them: their arguments say which concurrencies (speed@C, memory@C) and tasks are wanted
+    options            what the user said to --tasks, --long-context, --bench, by the measurement's name
+    data, limit        --data and --limit of the tasks
+    """
+
+    gates: tuple[Gate, ...]
+    options: Mapping[str, str] = field(default_factory=dict)
+    data: Path | None = None
+    limit: int | None = None
+
+    def arguments(self, family: str) -> list[str]:
+        """What stands behind : or @ in the names of the gates of that family."""
+        return [gate.argument for gate in self.gates if gate.family == family]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject(Asked):
     """What a measurement is given.
 
     model, path        the BF16 model as the user named it, and its directory
     artifact, out      the artifact's directory (results call it `model`), and the run's
     platforms          where it is to be served, with the KV cache that the run decided for
-    gates              all of them: their arguments say which concurrencies (speed@C, memory@C) and tasks are wanted
     text, held_out     the user's files, and the part of them that was not calibrated on, as shares from and to
-    options            what the user said to --tasks, --long-context, --bench, by the measurement's name
     """
 
     model: str
@@ -39,7 +56,6 @@ class Subject:
     out: Path
     recipe: Recipe
     platforms: tuple[Platform, ...]
-    gates: tuple[Gate, ...]
     windows: Windows
     text: tuple[Path, ...]
     vllm: str | None
@@ -47,12 +63,7 @@ class Subject:
     concurrency: int | None
     device: str
     progress: Progress
-    options: Mapping[str, str] = field(default_factory=dict)
     held_out: tuple[float, float] = (0.0, 1.0)
-
-    def arguments(self, family: str) -> list[str]:
-        """What stands behind : or @ in the names of the gates of that family."""
-        return [gate.argument for gate in self.gates if gate.family == family]
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Measurement:
     key       what the result depends on beside the artifact, its text and its platforms; plain data
     make      the file's content; a HalfbyteError is a reason for `not measured`, not the end of the run
     climbs    whether a rung of the mitigation ladder can mend what it shows, so that it is measured at every step
+    refuse    raises a HalfbyteError for what cannot be measured as it is asked; called before anything is made
     """
 
     name: str
@@ -69,11 +81,12 @@ class Measurement:
     key: Callable[[Subject], Mapping[str, Any]]
     make: Callable[[Subject], Mapping[str, Any]]
     climbs: bool = False
+    refuse: Callable[[Asked], None] = lambda _: None
 
 
 MEASUREMENTS: list[Measurement] = [
-    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, climbs=True),
-    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, climbs=True),
+    Measurement("tasks", "tasks.json", quality.tasks_key, quality.tasks, True, quality.refuse_task_names),
+    Measurement("long-context", "long_context.json", quality.long_context_key, quality.long_context, True),
     Measurement("bench", "bench.json", served_measurements.key, served_measurements.bench),
     Measurement("stability", "stability.json", served_measurements.key, served_measurements.stability),
 ]

@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field
 
 from halfbyte.errors import UsageError
-from halfbyte.experiments.axes import merge, nested
-from halfbyte.platforms import Data
+from halfbyte.experiments.axes import nested
+from halfbyte.platforms.base import Data, merged
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.recipe.loader import recipe_from_mapping
 
@@ -112,7 +112,7 @@ class Candidate:
             return replace(self, recipe=self.recipe.model_copy(update={"calibration": spec}), calibration=spec)
         tree = self.recipe.model_dump(mode="json")
         for key, value in to.items():
-            tree = merge(tree, nested(key, value))
+            tree = merged(tree, nested(key, value))
         return replace(self, recipe=recipe_from_mapping(tree, "mitigation"))
 
 
@@ -197,8 +197,21 @@ class Budget:
 
 def parse_budget(text: str) -> Budget:
     """`4.6` (bits a quantized weight, all counted) or `64MiB` (bytes more). Raises UsageError in one line."""
+    number, unit = _measure(text, f"--budget {text}: write bits a weight, such as 4.6, or bytes, such as 64MiB")
+    return Budget(bytes=int(number * UNITS[unit])) if unit else Budget(bits=number)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`12GiB` in bytes. Raises UsageError in one line that names the option."""
+    number, unit = _measure(text, wrong := f"{option} {text}: write bytes with their unit, such as 12GiB")
+    if not unit:
+        raise UsageError(wrong)
+    return int(number * UNITS[unit])
+
+
+def _measure(text: str, wrong: str) -> tuple[float, str]:
+    """A number above 0 and its unit, a key of UNITS ("": none)."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].casefold() not in UNITS or float(found[1]) <= 0:
-        raise UsageError(f"--budget {text}: write bits a weight, such as 4.6, or bytes, such as 64MiB")
-    number, unit = float(found[1]), found[2].casefold()
-    return Budget(bytes=int(number * UNITS[unit])) if unit else Budget(bits=number)
+        raise UsageError(wrong)
+    return float(found[1]), found[2].casefold()

@@ -67,8 +67,9 @@ class SharedPass:
         device: str,
         progress: Progress | None = None,
         workers: Workers | None = None,
+        memory: int | None = None,
     ):
-        self.checkpoint, self.takers, self.data, self.device = checkpoint, takers, data, device
+        self.checkpoint, self.takers, self.data, self.device, self.memory = checkpoint, takers, data, device, memory
         self.progress = progress or Quiet()
         self.workers = workers or Here(device, self.progress)
         self.family = family_of(checkpoint.config)
@@ -102,7 +103,14 @@ class SharedPass:
         jobs = [self._job(slot) for slot in self._slots()]
         try:
             quantize_blocks(
-                self.checkpoint, jobs, self.data.sequences, self.device, progress=self.progress, workers=self.workers
+                self.checkpoint,
+                jobs,
+                self.data.sequences,
+                self.device,
+                progress=self.progress,
+                workers=self.workers,
+                memory=self.memory,
+                scratch=self.takers[0].writer.partial,
             )
         except (HalfbyteError, ValueError, RuntimeError) as error:
             for taker in self.takers:

@@ -42,6 +42,7 @@ class Production:
     command: str | None
     progress: Progress
     workers: Workers
+    memory: int | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "solving": 0.0, "writing": 0.0})
     sharing: dict[str, int] = field(default_factory=dict)
     measured: bool = False
@@ -77,7 +78,7 @@ class Production:
 
     def _quantize(self, takers: list[Taker]) -> None:
         """Solve what is missing, one pass for each calibration set; apart from it, what collects other statistics:
-        cells of effort max, and each recipe that propagates. So each cell has the bytes that it has alone."""
+        cells of effort max or fast, and each recipe that propagates. So each cell has the bytes that it has alone."""
         for taker in takers:
             there = taker.writer.directory
             taker.writer.open(there.exists() and work_of(there) != taker.writer.work)
@@ -86,14 +87,13 @@ class Production:
             recipe = taker.cell.recipe
             assert recipe is not None
             alone = taker.cell.name if recipe.propagate else ""
-            careful = recipe.effort == "max"
-            groups.setdefault((self.data[taker.cell.name].sha256, careful, alone), []).append(taker)
+            groups.setdefault((self.data[taker.cell.name].sha256, recipe.statistics, alone), []).append(taker)
         cast_notices(self.checkpoint, takers[0].cell.plans, self.progress)
         parts = distinct = solved = 0
         whole = True
         for group in groups.values():
             data = self.data[group[0].cell.name]
-            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress, self.workers)
+            shared = SharedPass(self.checkpoint, group, data, self.device, self.progress, self.workers, self.memory)
             whole = whole and not shared.resumed
             if not shared.resumed:
                 for taker in group:

@@ -77,7 +77,8 @@ def _card(directory: Path, manifest: Mapping[str, Any], results: Path | None) ->
         return directory / CARD
     around = directory.resolve().parent
     place = results or (around if (around / "run.json").is_file() else None)
-    return model_card(manifest, **card_results(place), commands=commands_here(directory, manifest)).encode()
+    found = card_results(place, str(manifest["work"]))
+    return model_card(manifest, **found, commands=commands_here(directory, manifest)).encode()
 
 
 def _left_out(directory: Path, files: Mapping[str, Any]) -> list[str]:

@@ -10,34 +10,44 @@ from halfbyte.artifact import load_fake_quantized
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.long_context import LONGEST, SHORTEST, evaluate_long_context
 from halfbyte.evaluate.pair import Pair, Serving
-from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks
+from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks, refuse_tasks, task_words, with_named
 from halfbyte.evaluate.windows import text_windows
 from halfbyte.experiments.mitigation import KV_FLAG
 from halfbyte.experiments.quantize import load_model, load_tokenizer
-from halfbyte.files import portable
+from halfbyte.files import portable, stamps
 from halfbyte.serving import find_vllm
 
 if TYPE_CHECKING:
-    from halfbyte.experiments.measurements import Subject
+    from halfbyte.experiments.measurements import Asked, Subject
 
 FP8 = "fp8"
 
 
-def task_names(subject: Subject) -> list[str]:
-    """What --tasks names (names, YAML files, with commas between); else the tasks that gates name; else the default
-    set."""
-    said = [word.strip() for word in subject.options.get("tasks", "").split(",") if word.strip()]
-    return said or subject.arguments("task") or [DEFAULT]
+def task_names(asked: Asked) -> list[str]:
+    """What --tasks names (names, YAML files, with commas between; by themselves the default set), and the tasks that
+    gates name; these alone where nothing else is said."""
+    said = task_words(asked.options.get("tasks", ""))
+    named = asked.arguments("task")
+    return with_named(said, named, asked.data) if said else named or [DEFAULT]
+
+
+def refuse_task_names(asked: Asked) -> None:
+    """Raises UsageError for a task that nobody knows, or that has no data; HalfbyteError without lm-eval."""
+    refuse_tasks(task_names(asked), asked.arguments("task"), asked.data)
 
 
 def tasks_key(subject: Subject) -> Mapping[str, Any]:
     """What tasks.json depends on beside the artifact."""
-    return {"tasks": task_names(subject), "device": subject.device}
+    names = task_names(subject)
+    files = [*map(Path, names), *(subject.data.rglob("*.jsonl") if subject.data else [])]
+    key = {"tasks": names, "device": subject.device, "files": stamps(sorted(files))}
+    return key | ({} if subject.limit is None else {"limit": subject.limit})
 
 
 def tasks(subject: Subject) -> Mapping[str, Any]:
     """tasks.json, of the models in memory."""
-    return evaluate_tasks(_pair(subject), task_names(subject), progress=subject.progress)
+    names = task_names(subject)
+    return evaluate_tasks(_pair(subject), names, data=subject.data, limit=subject.limit, progress=subject.progress)
 
 
 def lengths(subject: Subject) -> list[int] | None:

@@ -14,9 +14,9 @@ import torch
 
 from halfbyte.artifact import ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
-from halfbyte.engine import BlockResult, Job, Skeleton, Tuner, Workers, quantize_blocks, work_id
+from halfbyte.engine import BlockResult, Job, Skeleton, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
-from halfbyte.engine.tune import SCHEDULES
+from halfbyte.engine.tune import SCHEDULES, train
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
 from halfbyte.experiments.tokens import keep_tokens
@@ -47,6 +47,7 @@ def quantize(
     blocks: BlockStore | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Make a 4-bit checkpoint of `model` in `output_dir`; returns its manifest (halfbyte.json).
 
@@ -57,6 +58,7 @@ def quantize(
     force         give up what `output_dir` holds
     blocks        solved blocks of other recipes: what is the same is taken from there, and what is new kept there
     workers       who solves while this process takes the statistics; None: this process. The bytes are the same
+    memory        bytes of host memory that the pass over the blocks may take; None: a share of what is free
     An interrupted run goes on where it was; a finished one is recognised and returned.
     Raises UsageError for a wrong recipe or an output directory in use, HalfbyteError when something fails.
     """
@@ -90,7 +92,16 @@ def quantize(
             if blocks and data:
                 blocks.lend(writer, data.sha256)
             sequences = data.sequences if data else None
-            quantize_blocks(checkpoint, [_job(writer, recipe)], sequences, device, progress=progress, workers=workers)
+            told += quantize_blocks(
+                checkpoint,
+                [_job(writer, recipe)],
+                sequences,
+                device,
+                progress=progress,
+                workers=workers,
+                memory=memory,
+                scratch=writer.partial,
+            )
             if blocks and data:
                 blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)
@@ -124,13 +135,9 @@ def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progr
     schedule = _schedule(recipe, writer.plans, data)
     if schedule is None or data is None or writer.tuned:
         return
-    tuner = Tuner(Skeleton(writer.checkpoint, device), writer.block, SCHEDULES[schedule], progress)
-    done = tuner.run(data.sequences, recipe.calibration.seed)
-    if not done.better:
-        progress.say(f"training scales and norms did not help (KL {done.before:.4f} to {done.after:.4f}): left out")
-    note = {"schedule": schedule, "kl_before": done.before, "kl_after": done.after, "kept": done.better}
-    kept = (done.linears, done.tensors) if done.better else ({}, {})
-    writer.tune(*kept, note)
+    skeleton, scaled, seed = Skeleton(writer.checkpoint, device), recipe.scaling == "awq", recipe.calibration.seed
+    linears, tensors, note = train(skeleton, writer.block, SCHEDULES[schedule], data.sequences, scaled, seed, progress)
+    writer.tune(linears, tensors, {"schedule": schedule, **note})
 
 
 def _schedule(recipe: Recipe, plans: Sequence[LinearPlan], data: CalibrationSet | None) -> str | None:

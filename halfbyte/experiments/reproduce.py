@@ -22,7 +22,7 @@ from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.experiments.quantize import load_tokenizer, quantize, self_generated
+from halfbyte.experiments.quantize import device_of, load_tokenizer, quantize, self_generated
 from halfbyte.experiments.run import artifact_baseline
 from halfbyte.experiments.tokens import find_tokens
 from halfbyte.files import make_directory, portable
@@ -192,7 +192,7 @@ def _differences(
 def _device(told: Mapping[str, Any]) -> str:
     """The manifest's device where there is one such; else what this machine has."""
     wanted = str(told.get("device") or "cpu")
-    return "cpu" if wanted.startswith("cuda") and not torch.cuda.is_available() else wanted
+    return wanted if device_of(None) == "cuda" or not wanted.startswith("cuda") else device_of(None)
 
 
 @contextmanager

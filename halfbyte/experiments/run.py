@@ -17,6 +17,7 @@ from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.evaluate.tasks import TASKS
 from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.climb import Climb
 from halfbyte.experiments.evaluating import measure_fidelity
@@ -106,7 +107,10 @@ class _Run:
             self.climb.forget()
 
     def _asked(self) -> set[str]:
-        """The result files that gates and options ask for; what cannot be measured here is told."""
+        """The result files that gates and options ask for; what cannot be measured here is told.
+
+        Raises a HalfbyteError for what is not there yet and cannot be measured as it is asked.
+        """
         stated = {gate.kind.file: gate.spelled for gate in self.shop.gates if gate.stated}
         named = {row.name: row.product for row in available().values()}
         options = {named.get(name, f"{name.replace('-', '_')}.json"): f"--{name}" for name in self.request.measure}
@@ -114,7 +118,13 @@ class _Run:
             if product not in (*OWN_RESULTS, *available()):
                 self.why[product] = unavailable(product)
                 self.progress.say(f"{word}: {self.why[product]}")
-        return {*ALWAYS, *stated, *options}
+        asked = {*ALWAYS, *stated, *options}
+        if (self.request.data or self.request.limit) and TASKS not in asked:
+            raise UsageError("--data and --limit are for tasks: ask for them with --tasks")
+        for product in sorted(asked & available().keys()):
+            if self.request.force or not (self.out / product).exists():
+                available()[product].refuse(self.shop.asked)
+        return asked
 
     def _plan_key(self) -> dict[str, Any]:
         request = self.request
@@ -128,7 +138,8 @@ class _Run:
         request = self.request
         gates = [(gate.name, gate.spell(), gate.stated) for gate in self.shop.gates]
         key = {**self._plan_key(), "files": self.shop.files(), "gates": gates, "budget": request.budget}
-        return {**key, "measure": request.measure, "device": request.device}
+        key |= {"measure": request.measure, "device": request.device}
+        return key | ({"tasks": [str(request.data), request.limit]} if request.data or request.limit else {})
 
     def go(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -147,7 +158,7 @@ class _Run:
         here = {
             p.name: self.shop.command(chosen.recipe, p, ".") for p in self.shop.serving(chosen) if p.name in commands
         }
-        card = model_card(manifest, **card_results(self.out), commands=here)
+        card = model_card(manifest, **card_results(self.out, manifest["work"]), commands=here)
         write_text(self.artifact / "README.md", card)
         self.ground.clear()
         build_report(self.out)
@@ -234,6 +245,7 @@ class _Run:
             command=request.command,
             blocks=self.ground.store if request.mitigate and not self.climb.complete else None,
             progress=self.progress,
+            memory=request.memory,
         )
 
     def _key(self, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -268,12 +280,12 @@ class _Run:
         def make() -> None:
             found = self.ground.found(manifest["work"], row.product)
             result = read_json(found) if found.is_file() else dict(row.make(subject))
-            write_json(self.out / row.product, result)
+            write_json(self.out / row.product, {**result, "work": manifest["work"]})
 
-        self.stages.discard(row.name, row.product, manifest["work"])
+        self.stages.discard(row.product, manifest["work"])
         try:
             if row.product in self.asked:
-                self.stages.do(row.name, key, row.product, make, manifest["work"])
+                self.stages.do(row.name, key, row.product, make)
         except HalfbyteError as error:
             self.why[row.product] = str(error)
             self.progress.say(f"{row.product} was not measured: {error}")
@@ -291,22 +303,16 @@ class _Run:
                 platform=request.platforms[0],
                 vllm=request.vllm,
                 log_path=out / "vllm.log",
+                device=self.shop.device,
                 progress=self.progress,
             )
-            write_served(out, self._placeless(served))
+            write_served(out, served)
 
         before = read_json(out / SERVED) if (out / SERVED).is_file() else None
         if self.shop.has_vllm and before and before.get("status") != "served":
             self.stages.keys.pop("served", None)
         key = {**self._key(manifest), "windows": self.shop.windows.sha256}
         self.stages.do("served", {**key, "on": request.platforms[0], "vllm": request.vllm}, SERVED, serve)
-
-    def _placeless(self, served: dict[str, Any]) -> dict[str, Any]:
-        """A served result that says nothing of where the run and vLLM lie on this machine."""
-        names = {str(self.artifact): self.artifact.name}
-        command = [names.get(word, word) for word in served["command"]]
-        reason = served["reason"].replace(f"{self.out}/", "")
-        return {**served, "command": [*(Path(word).name for word in command[:1]), *command[1:]], "reason": reason}
 
     def _judge(self) -> None:
         evaluation, check, served, plan = (read_json(self.out / name) for name in (EVAL, CHECK, SERVED, PLAN))

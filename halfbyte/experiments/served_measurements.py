@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Measured, Variant, measure
+from halfbyte.evaluate.speed import BASELINE, MODEL, ROOM, BenchRequest, Measured, Variant, context_limit, measure
+from halfbyte.evaluate.speed_machine import hardware, nearness
 from halfbyte.evaluate.speed_result import bench_result, stability_result
-from halfbyte.evaluate.stability import Watch
+from halfbyte.evaluate.stability import PROMPT_ROOM, Watch
+from halfbyte.platforms import Platform
 from halfbyte.serving import find_vllm
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 LOAD_SECONDS = 60.0
 """How long a stability gate keeps the server under load."""
 PLACE = "serving"
+SHORT, LONG = 128, 512
+"""Tokens of a prompt and of an answer where speed is measured, and of a long answer, where there is room."""
 
 
 def levels(subject: Subject) -> tuple[int, ...]:
@@ -31,24 +35,54 @@ def levels(subject: Subject) -> tuple[int, ...]:
 
 def key(subject: Subject) -> Mapping[str, Any]:
     """What a result depends on beside the artifact and its platforms."""
-    return {"concurrency": levels(subject), "vllm": subject.vllm}
+    return {"concurrency": levels(subject), "vllm": subject.vllm, "context": subject.context}
 
 
 def bench(subject: Subject) -> Mapping[str, Any]:
-    """bench.json, on the first platform. Where a gate asks for stability, the same servers are observed for that."""
-    return bench_result(_measured(subject, any(gate.family == "stability" for gate in subject.gates)))
+    """bench.json, on this machine. Where a gate asks for stability, the same servers are observed for that."""
+    return bench_result(_measured(subject, any(gate.family == "stability" for gate in subject.gates), True))
 
 
 def stability(subject: Subject) -> Mapping[str, Any]:
-    """stability.json: long generations, and load at the largest concurrency."""
-    found = stability_result(_measured(subject, True))
+    """stability.json: long generations, and load at the largest concurrency. Speed is left to `bench`."""
+    found = stability_result(_measured(subject, True, False))
     if found is None:
         raise HalfbyteError("nothing was observed of the server")
     return found
 
 
-def _measured(subject: Subject, watched: bool) -> Measured:
-    watch = Watch(max(levels(subject)), LOAD_SECONDS) if watched else None
+def platform_here(subject: Subject) -> Platform:
+    """The first of the platforms that this machine is; failing that, one that its GPU stands in for, which is said.
+
+    Raises HalfbyteError where it is none of them.
+    """
+    best = max(subject.platforms, key=nearness)
+    if not nearness(best):
+        names = " and ".join(platform.name for platform in subject.platforms)
+        raise HalfbyteError(
+            f"this machine ({hardware(True)}) is not {names}: measure there, with halfbyte bench model --on {best.name}"
+        )
+    if nearness(best) == 1:
+        subject.progress.say(f"measured on {hardware(True)}, not on {best.name}: it is served with the flags of that")
+    return best
+
+
+def sizes(subject: Subject) -> tuple[int, int]:
+    """(tokens of a prompt and of an answer, tokens of a long answer) that the model and --context have room for.
+
+    Raises HalfbyteError where there is no room.
+    """
+    limits = [context_limit([subject.path, subject.artifact]), subject.context]
+    room = min((limit for limit in limits if limit), default=LONG + PROMPT_ROOM + ROOM) - ROOM
+    short, long = min(SHORT, room // 2), min(LONG, room - PROMPT_ROOM)
+    if short < 1 or long < 2:
+        raise HalfbyteError(f"sequences of {room + ROOM} tokens leave no room for prompts and answers")
+    return short, long
+
+
+def _measured(subject: Subject, watched: bool, loads: bool) -> Measured:
+    here, (short, long) = platform_here(subject), sizes(subject)
+    watch = Watch(max(levels(subject)), LOAD_SECONDS, long) if watched else None
     variants = (Variant(BASELINE, subject.path), Variant(MODEL, subject.artifact))
-    request = BenchRequest(variants, subject.platforms[0], levels(subject), watch=watch)
+    request = BenchRequest(variants, here, levels(subject), short, short, watch=watch, loads=loads)
     return measure(request, subject.out / PLACE, find_vllm(subject.vllm), progress=subject.progress)

@@ -13,6 +13,7 @@ from typing import Any
 
 from halfbyte.files import write_json
 from halfbyte.models.checkpoint import read_json
+from halfbyte.report.sources import tells_of
 
 STATE = "run.json"
 
@@ -21,7 +22,6 @@ STATE = "run.json"
 class Stages:
     """The results so far and the keys they were made under (run.json).
 
-    works   the work that a measurement's product tells of
     fresh   what this start has done
     """
 
@@ -29,7 +29,6 @@ class Stages:
     force: bool
     keys: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    works: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
 
     def load(self) -> None:
@@ -38,14 +37,13 @@ class Stages:
         if path.is_file() and not self.force:
             state = read_json(path)
             self.keys, self.seconds = dict(state.get("keys", {})), dict(state.get("seconds", {}))
-            self.works = dict(state.get("works", {}))
 
     def current(self, name: str, key: Mapping[str, Any], product: str) -> bool:
         """Whether that stage's product is there under that key."""
         return self.keys.get(name) == digest(key) and (self.directory / product).exists()
 
-    def do(self, name: str, key: Mapping[str, Any], product: str, make: Callable[[], Any], work: str = "") -> None:
-        """Run `make` unless its product is there under the same key; `work`: what the product tells of."""
+    def do(self, name: str, key: Mapping[str, Any], product: str, make: Callable[[], Any]) -> None:
+        """Run `make` unless its product is there under the same key."""
         if self.current(name, key, product):
             return
         self.keys.pop(name, None)
@@ -54,14 +52,13 @@ class Stages:
         self.did(name)
         self.keys[name] = digest(key)
         self.seconds[name] = round(time.monotonic() - started, 2)
-        self.works |= {name: work} if work else {}
-        state = {"schema": 1, "keys": self.keys, "seconds": self.seconds}
-        write_json(self.directory / STATE, {**state, "works": self.works} if self.works else state)
+        write_json(self.directory / STATE, {"schema": 1, "keys": self.keys, "seconds": self.seconds})
 
-    def discard(self, name: str, product: str, work: str) -> None:
-        """Take away a product that tells of another work; one that no stage has made stays."""
-        if self.works.get(name, work) != work:
-            (self.directory / product).unlink(missing_ok=True)
+    def discard(self, product: str, work: str) -> None:
+        """Take away a product that tells of another work, whoever made it; one that names none stays."""
+        path = self.directory / product
+        if path.is_file() and not tells_of(read_json(path), work):
+            path.unlink()
 
     def did(self, name: str) -> None:
         """Note that a stage was done by this start."""

@@ -21,7 +21,7 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows
 from halfbyte.experiments.cards import write_cards
 from halfbyte.experiments.cells import Cell, resolve_cells
-from halfbyte.experiments.gates import resolve_gates
+from halfbyte.experiments.gates import Gate, resolve_gates
 from halfbyte.experiments.judging import Judge, kept
 from halfbyte.experiments.matrix import Matrix, load_matrix
 from halfbyte.experiments.production import Production
@@ -32,11 +32,14 @@ from halfbyte.experiments.sweep_text import Given, SweepText
 from halfbyte.files import TEMPORARY, locked, portable, write_json
 from halfbyte.models import Checkpoint, hub_id, resolve_model
 from halfbyte.platforms import load_platform
+from halfbyte.report.sources import tells_of
 from halfbyte.report.sweep import build_sweep_report
 from halfbyte.types import Progress, Quiet
 
 RESULT = "sweep.json"
 OWN = ("cells", "results", "calibration", "reference")
+MEASURED = ("eval.json", "check.json")
+"""What gates are judged on without more being asked for."""
 STAGES = ("calibration", "statistics", "solving", "writing", "reference", "evaluating")
 
 
@@ -57,6 +60,8 @@ def sweep(
     progress: Progress | None = None,
     workers: Workers | None = None,
     judged_on: Sequence[str] = (),
+    memory: int | None = None,
+    bench: int | None = None,
 ) -> dict[str, Any]:
     """Make, judge and rank the cells of `matrix` in `output_dir`; returns sweep.json.
 
@@ -66,14 +71,16 @@ def sweep(
     text          files to calibrate on (80 %) and to judge on (the rest), or windows to judge on; none: the model
                   writes both
     calibration   as for `quantize`; all of `text` is then held out
-    gates         as for `run`: "ppl=+5%", "top1=90%", "kl=0.1", "check"; and "speed@C=+20%", judged on
+    gates         "ppl=+5%", "top1=90%", "kl=0.1", "check" and what else eval.json tells; and "speed@C=+20%", judged on
                   results/NAME.bench.json
     by            "kl" or "ppl": what quality is
     only          names (or shell patterns) of the cells to take
     force         begin anew: what an earlier sweep left in `output_dir` goes
     workers       who solves, writes and judges (halfbyte.experiments.fanout); None: this process
+    memory        bytes of host memory that the pass over the blocks may take; None: a share of what is free
     judged_on     those of `platforms` whose hardware each cell is judged on, by workers that have it; the first counts
                   for the ranking, and gates must hold on all
+    bench         the concurrency at which cells will be benchmarked afterwards (bench_cells), which a gate may name
 
     sweep.json: schema 1, kind "sweep", key (model, text and version), complete, halfbyte, command;
     model {name, hub_id, sha256}; matrix {name, description, cells}; request {platforms, gates, by, only, device};
@@ -92,7 +99,8 @@ def sweep(
     seconds {calibration, statistics, solving, writing, reference, evaluating, total}, over all starts;
     cost {one_run, one_run_seconds, matrix_seconds, ratio} or null where an interruption lost the times.
 
-    Raises UsageError for a wrong matrix, gate or output, HalfbyteError where no cell can be made at all.
+    Raises UsageError for a wrong matrix or output, a wrong gate or one that a sweep does not measure, HalfbyteError
+    where no cell can be made at all.
     """
     progress = progress or Quiet()
     if by not in BY:
@@ -103,7 +111,7 @@ def sweep(
     request["judged_on"] = [name for name in platforms if name in judged_on]
     if set(judged_on) - set(platforms):
         raise UsageError(f"--ray-resources: {min(set(judged_on) - set(platforms))} is not among the --on platforms")
-    resolve_gates(gates)
+    _refuse_unmeasured(resolve_gates(gates), output, bench)
     path = resolve_model(model, progress)
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
@@ -111,7 +119,19 @@ def sweep(
     with locked(output):
         _refuse_foreign(output, force)
         run = _Sweep(model, path, chosen, output, {**request, "device": device}, force, command, progress, workers)
+        run.memory = memory
         return run.go(SweepText(path, output / "calibration", text, calibration, device, progress))
+
+
+def _refuse_unmeasured(gates: Sequence[Gate], output: Path, bench: int | None) -> None:
+    """Raises UsageError for a gate that is stated and that nothing here will measure."""
+    files = [kept(path) or {} for path in output.glob("results/*.bench.json")]
+    levels = {str(point["concurrency"]) for file in files for point in file.get("points", [])} | {str(bench)}
+    for gate in gates:
+        if not gate.stated or gate.kind.file in MEASURED or (gate.family == "speed" and gate.argument in levels):
+            continue
+        how = f"halfbyte run -r RECIPE --gate {gate.spelled}" if gate.family != "speed" else f"--bench {gate.argument}"
+        raise UsageError(f"--gate {gate.spelled}: this sweep does not measure that; {how} does")
 
 
 def _refuse_foreign(output: Path, force: bool) -> None:
@@ -141,6 +161,7 @@ class _Sweep:
         self.checkpoint = Checkpoint(path)
         self.fingerprint = self.checkpoint.fingerprint()
         self.cells = resolve_cells(matrix, self.checkpoint, self.platforms)
+        self.memory: int | None = None
         self.began = time.monotonic()
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.cost: dict[str, Any] | None = None
@@ -214,6 +235,7 @@ class _Sweep:
             self.command,
             self.progress,
             self.workers,
+            self.memory,
         )
         manifests = made.make()
         self.seconds |= made.seconds
@@ -237,7 +259,7 @@ class _Sweep:
         """results/NAME.bench.json of cells that were benchmarked; one that tells of another artifact is left out."""
         found = {cell.name: kept(self.out / "results" / f"{cell.name}.bench.json") for cell in self.cells}
         works = {name: manifest["work"] for name, manifest in manifests.items()}
-        return {name: v for name, v in found.items() if v and v.get("work") in (None, works.get(name))}
+        return {name: v for name, v in found.items() if v and tells_of(v, works.get(name, ""))}
 
     def _write_state(
         self,

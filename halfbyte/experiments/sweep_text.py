@@ -15,6 +15,7 @@ from halfbyte.evaluate import Windows, set_windows, text_windows
 from halfbyte.experiments.cells import Cell
 from halfbyte.experiments.quantize import calibration_for, load_tokenizer, self_generated
 from halfbyte.experiments.run import CALIBRATION_SHARE, HELD_OUT, OWN_TEXT, TEXT_WINDOW, TEXT_WINDOWS
+from halfbyte.files import stamps
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.types import Progress
 
@@ -81,8 +82,7 @@ class SweepText:
         else:
             files = [Path(p) for p in (self.calibration or self._files())]
             whole = len(files) == 1 and files[0].is_dir()
-            stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-            parts = [stats, None if whole else spec.model_dump(), bool(self.calibration)]
+            parts = [stamps(files), None if whole else spec.model_dump(), bool(self.calibration)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def _make(self, recipe: Recipe, place: Path) -> CalibrationSet:

@@ -14,10 +14,10 @@ from halfbyte.engine import ALGORITHM_VERSION
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, set_windows, text_windows
 from halfbyte.experiments.gates import resolve_gates
-from halfbyte.experiments.measurements import Subject
+from halfbyte.experiments.measurements import Asked, Subject
 from halfbyte.experiments.mitigation import KV_FLAG, Candidate, change_words, changes
 from halfbyte.experiments.quantize import device_of, load_tokenizer, self_generated
-from halfbyte.files import portable
+from halfbyte.files import portable, stamps
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.plan import make_plan, variant_of
 from halfbyte.plan.forecast import Forecast
@@ -45,7 +45,9 @@ class RunRequest:
 
     recipe     None: the plan chooses.  text: empty: the model writes its own
     mitigate   climb the ladder of mitigations when a gate failed; budget: `4.6` or `64MiB` for its last rung
+    memory     bytes of host memory that a pass over the blocks may take; None: a share of what is free
     measure    what to measure beside what gates ask for, by the measurement's name, with what the user said to it
+    data       where bundled tasks find their JSONL files; limit: items a task
     """
 
     model: str
@@ -63,6 +65,9 @@ class RunRequest:
     mitigate: bool = True
     budget: str | None = None
     measure: Mapping[str, str] = field(default_factory=dict)
+    memory: int | None = None
+    data: Path | None = None
+    limit: int | None = None
 
 
 class Workshop:
@@ -136,7 +141,7 @@ class Workshop:
 
     def files(self) -> list[tuple[str, int, int]]:
         """The user's text, as keys name it."""
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.request.text if p.is_file()]
+        return stamps(self.request.text)
 
     def calibration(self, spec: CalibrationSpec) -> CalibrationSet:
         """The calibration set of that size: from the user's text, or written by the model."""
@@ -155,6 +160,12 @@ class Workshop:
         share = (CALIBRATION_SHARE, 1.0)
         return text_windows(text, load_tokenizer(self.path), window=TEXT_WINDOW, portion=share).first(TEXT_WINDOWS)
 
+    @property
+    def asked(self) -> Asked:
+        """What measurements are asked for."""
+        request = self.request
+        return Asked(gates=self.gates, options=request.measure, data=request.data, limit=request.limit)
+
     def subject(self, candidate: Candidate, artifact: Path) -> Subject:
         """What measurements of an artifact are given."""
         request = self.request
@@ -165,7 +176,6 @@ class Workshop:
             out=self.out,
             recipe=candidate.recipe,
             platforms=tuple(self.serving(candidate)),
-            gates=self.gates,
             windows=self.windows,
             text=request.text,
             vllm=request.vllm,
@@ -173,8 +183,8 @@ class Workshop:
             concurrency=request.concurrency,
             device=self.device,
             progress=self.progress,
-            options=request.measure,
             held_out=(CALIBRATION_SHARE, 1.0),
+            **vars(self.asked),
         )
 
 

@@ -125,6 +125,13 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        size = file.stat().st_size >> 30
+        raise HalfbyteError(
+            f"{file} has {size} GiB, more than can be mapped here: cut it into smaller shards"
+        ) from error
     except (OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HalfbyteError(f"{file} cannot be read ({reason}): fetch it again") from error

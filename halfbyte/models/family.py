@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from halfbyte.errors import HalfbyteError
 from halfbyte.types import LinearGroup
 
@@ -172,6 +174,19 @@ class Family:
         of gate and up are not scaled in a mixture. Those of down are, within each expert.
         """
         return self._sparse_folds if index in self.sparse else self.architecture.folds
+
+    def rows_of(self, fold: Fold, out_features: int) -> slice:
+        """Which rows of the fold's linear take up its scale."""
+        if fold.part == "v":
+            return slice((self.num_heads + self.num_kv_heads) * self.head_dim, out_features)
+        return slice(out_features // 2 if fold.part == "up" else 0, out_features)
+
+    def spread(self, fold: Fold, rows_O: torch.Tensor) -> torch.Tensor:
+        """What belongs to those rows (float [O]) for each input of the group whose inputs are scaled: float [I]."""
+        if not fold.per_head:
+            return rows_O
+        shape = (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
+        return rows_O.view(shape[0], 1, shape[2]).expand(shape).reshape(-1)
 
     def linears(self, index: int) -> Iterator[str]:
         """Full names of the linears of block `index` that can be quantized."""

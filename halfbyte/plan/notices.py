@@ -199,11 +199,12 @@ def _kernels(at: Setting) -> list[Reason]:
         if table is None or best is None:
             continue
         row, gain = best
-        default = [r for r in table.rows_for(str(at.recipe.format), variant_of(at.recipe)) if not r.flags]
-        if row.flags and default:
+        rows = table.rows_for(str(at.recipe.format), variant_of(at.recipe), row.kv_cache)
+        default = [other for other in rows if not other.own_flags]
+        if row.own_flags and default:
             slow, measured = table.speedup(default[0], level), table.nearest(level)
             text = (
-                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
+                f"{platform.name}: serve with {flag_words(row.own_flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
                 f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow:.2f}x"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))

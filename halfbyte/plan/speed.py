@@ -50,7 +50,8 @@ def speed_table(platform: Platform, format_name: str | None = None, variant: str
 def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[SpeedRow, float] | None:
     """The fastest measured kernel for a recipe there and its gain over BF16; None where nothing was measured."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
-    rows = table.rows_for(str(recipe.format), variant_of(recipe)) if table else ()
+    kv_cache = platform.flags.get("--kv-cache-dtype")
+    rows = table.rows_for(str(recipe.format), variant_of(recipe), kv_cache) if table else ()
     if not table or not rows:
         return None
     return max(((row, table.speedup(row, concurrency)) for row in rows), key=lambda pair: pair[1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -47,3 +48,12 @@ def version_tuple(version: str) -> tuple[int, int, int]:
     if not match:
         raise ValueError(f"{version!r} is no version")
     return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings' keys, `over`'s values where both have one; mappings within are merged alike."""
+    whole = dict(under)
+    for key, value in over.items():
+        below = whole.get(key)
+        whole[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return whole

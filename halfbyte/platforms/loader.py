@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from halfbyte.errors import UsageError
-from halfbyte.platforms.base import version_tuple, within
+from halfbyte.platforms.base import merged, version_tuple, within
 from halfbyte.platforms.evidence import load_evidence, parse_mapping, problems
 from halfbyte.platforms.schema import Platform, Quirk, VllmFacts
 
@@ -63,20 +63,11 @@ def _from_file(path: Path) -> Platform:
 def _validated(tree: dict[str, Any], source: str) -> Platform:
     base = tree.pop("like", None)
     if base is not None:
-        tree = _merged(_known(str(base)).model_dump(mode="json", exclude={"speed"}), tree)
+        tree = merged(_known(str(base)).model_dump(mode="json", exclude={"speed"}), tree)
     try:
         return Platform.model_validate(tree)
     except ValidationError as error:
         raise UsageError(f"platform {source}: {problems(error)}") from None
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mappings key by key."""
-    merged = dict(below)
-    for key, value in above.items():
-        inner = merged.get(key)
-        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def facts_for(vllm_version: str | None = None) -> VllmFacts:

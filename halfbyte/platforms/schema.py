@@ -185,6 +185,8 @@ class Platform(Data):
         0, ge=0, description="device memory beside weights, KV cache and activations (context, graphs): an estimate"
     )
     pins: Pins | None = None
+    device: str = Field("", description="words in the name that the driver gives its GPU; empty: none are known")
+    maker: str = Field("", description="the word before them: a GPU of the same maker runs what is made for this one")
     tune: tuple[Knob, ...] = Field((), description="in the order in which `halfbyte tune` tries them")
     speed: tuple[SpeedTable, ...] = Field((), description="filled from evidence files, newest first")
 

@@ -30,7 +30,7 @@ class Prefill(Data):
 
 
 class SpeedRow(Data):
-    """One kernel's measured seconds. format "bf16" is the baseline."""
+    """One kernel's measured seconds. format "bf16" without flags is the baseline."""
 
     kernel: str
     method: str = Field("", description="how the weights were made, where that is known: gptq, awq, nvfp4")
@@ -42,6 +42,16 @@ class SpeedRow(Data):
     seconds: dict[int, float] = Field(description="concurrency -> seconds for the whole batch")
     prefill: float | None = Field(None, gt=0, description="seconds for the table's prefill workload")
     note: str = ""
+
+    @property
+    def kv_cache(self) -> str:
+        """The --kv-cache-dtype that it was measured with."""
+        return self.flags.get("--kv-cache-dtype") or "auto"
+
+    @property
+    def own_flags(self) -> Flags:
+        """What makes vLLM take this kernel, whatever the KV cache; empty: it does by itself."""
+        return {flag: value for flag, value in self.flags.items() if flag != "--kv-cache-dtype"}
 
     @model_validator(mode="after")
     def _positive(self) -> SpeedRow:
@@ -78,8 +88,8 @@ class SpeedTable(Data):
         object.__setattr__(self, "before", self.before or f"{major}.{minor + 1}")
         if not within(self.since, self.vllm, self.before):
             raise ValueError(f"vllm {self.vllm} lies outside since {self.since}, before {self.before}")
-        if sum(row.format == "bf16" for row in self.rows) != 1:
-            raise ValueError("rows wants the format bf16 exactly once: the baseline")
+        if sum(row.format == "bf16" and not row.flags for row in self.rows) != 1:
+            raise ValueError("rows wants the format bf16 exactly once without flags: the baseline")
         odd = [row.kernel for row in self.rows if set(row.seconds) != set(self.baseline.seconds)]
         if odd:
             raise ValueError(f"{odd[0]} was not measured at the concurrencies of the baseline")
@@ -98,7 +108,7 @@ class SpeedTable(Data):
 
     @property
     def baseline(self) -> SpeedRow:
-        return next(row for row in self.rows if row.format == "bf16")
+        return next(row for row in self.rows if row.format == "bf16" and not row.flags)
 
     def covers(self, vllm: str) -> bool:
         """Whether the kernel choices measured here hold for that version."""
@@ -108,13 +118,20 @@ class SpeedTable(Data):
         """The measured concurrency closest to the one asked for (as a ratio)."""
         return min(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
 
-    def rows_for(self, format_name: str, variant: str | None = None) -> tuple[SpeedRow, ...]:
-        """The kernels that may serve a format (and its declared variant)."""
-        return tuple(
+    def rows_for(
+        self, format_name: str, variant: str | None = None, kv_cache: str | None = None
+    ) -> tuple[SpeedRow, ...]:
+        """The kernels that may serve a format (and its declared variant).
+
+        kv_cache   the KV cache that will be served with ("fp8"): where some rows were measured with it, those alone
+        """
+        rows = tuple(
             row
             for row in self.rows
             if row.format == format_name and (variant is None or not row.variants or variant in row.variants)
         )
+        same = tuple(row for row in rows if kv_cache is None or row.kv_cache == kv_cache)
+        return same or rows
 
     def speedup(self, row: SpeedRow, concurrency: int) -> float:
         """How many times faster than BF16 at the nearest measured concurrency (below 1: slower)."""

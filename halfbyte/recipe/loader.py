@@ -79,14 +79,23 @@ def _read(name_or_path: str) -> dict[str, Any]:
     raise UsageError(f"there is no recipe {name_or_path!r}{hint}")
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises UsageError in one line, with the place of a mistake."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or "not text in UTF-8"
         raise UsageError(f"{path}{where}: not valid YAML ({what})") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -78,7 +78,7 @@ class Recipe(_Strict):
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec, description="how much calibration text")
     effort: Literal["fast", "default", "max"] = Field(
-        default="default", description="fast: no Hessian; max: ten times the default"
+        default="default", description="fast: no Hessian, and few calibration tokens; max: ten times the default"
     )
     damp: float | None = Field(
         default=None, gt=0, le=1, description="GPTQ damping as a share of the mean Hessian diagonal"
@@ -88,9 +88,9 @@ class Recipe(_Strict):
     )
     tune: Literal["none", "auto", "light", "full"] | None = Field(
         default=None,
-        description="scales and norms trained against the BF16 logits: 16 small steps (light) or four passes over the "
-        "calibration text (full); auto: light for a model of at most 10^9 weights with 32,768 calibration tokens or "
-        "more; unless said, auto with GPTQ rounding, full with effort max",
+        description="scales and norms trained against the BF16 logits, 16 small steps (light); the rounding learned block "
+        "by block, then two passes over the calibration text (full); auto: light for a model of at most 10^9 weights with "
+        "32,768 calibration tokens or more; unless said, auto with GPTQ rounding, full with effort max",
     )
     propagate: bool = Field(
         default=False, description="collect statistics behind the quantized blocks instead of the BF16 ones"
@@ -129,4 +129,17 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe cannot be carried out without calibration data."""
-        return self.rounding == "gptq" or self.scaling == "awq" or self.activations == "fp4" or self.tune != "none"
+        return self.needs_gram or self.activations == "fp4" or self.tune != "none"
+
+    @property
+    def statistics(self) -> Literal["sample", "all", "weighted"]:
+        """What is collected of calibration inputs: of a sample of the sequences, where effort is fast and the recipe
+        can do without; of all; with every token's own weight. Recipes that differ here share no pass."""
+        if self.effort == "max":
+            return "weighted"
+        return "sample" if self.effort == "fast" and not self.needs_calibration else "all"
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the inputs' Gram matrices are needed, not their diagonals alone."""
+        return self.rounding == "gptq" or self.scaling == "awq"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ COMMANDS = {
     "calibration": "halfbyte calibrate -m {baseline} -o calibration",
 }
 """What makes each result, in the run's directory."""
+MEASURED = ("tasks", "chat", "long_context", "stability")
+"""Results that name the work of the artifact that they tell of; benches do, too."""
 MANIFEST = "halfbyte.json"
 RESULTS = "-results"
 """Behind an artifact's name: the directory beside it that its page's commands write to."""
@@ -127,7 +130,23 @@ def read_sources(run_dir: Path) -> Sources:
     if not found and not benches and not problems:
         names = ", ".join(places[0] for places in FILES.values())
         raise UsageError(f"{run_dir} holds no results ({names}): run `halfbyte run` first")
-    return Sources(run=run_dir, benches=benches, problems=tuple(problems), **found)
+    return _of_one_work(Sources(run=run_dir, benches=benches, problems=tuple(problems), **found))
+
+
+def _of_one_work(found: Sources) -> Sources:
+    """Without the measurements that name another work than the artifact's own; `problems` names them."""
+    work = found.manifest.get("work")
+    alien = [name for name in MEASURED if not tells_of(getattr(found, name), work)]
+    benches = tuple(bench for bench in found.benches if tells_of(bench, work))
+    told = [*(FILES[name][0] for name in alien), *[BENCHES] * (len(benches) < len(found.benches))]
+    problems = [*found.problems, *(f"{name} tells of another artifact and was left out" for name in told)]
+    gone: dict[str, Any] = {name: {} for name in alien}
+    return replace(found, benches=benches, problems=tuple(problems), **gone)
+
+
+def tells_of(result: Mapping[str, Any], work: Any) -> bool:
+    """Whether a result may be that of the artifact of this work (None: not known): it names that work, or none."""
+    return work is None or result.get("work") in (None, work)
 
 
 def _measured_beside(run_dir: Path) -> list[Path]:

@@ -24,8 +24,8 @@ from halfbyte.report.blocks import (
 from halfbyte.report.build import SWEEP, write_page
 from halfbyte.report.front import Candidate, cell_rates, front_section
 from halfbyte.report.judged import VERDICTS, binding_words
-from halfbyte.report.sources import read_result
-from halfbyte.report.sweep_cells import differences, kl_of, matrix
+from halfbyte.report.sources import read_result, tells_of
+from halfbyte.report.sweep_cells import by_platform, differences, kl_of, matrix
 from halfbyte.report.words import (
     command,
     dig,
@@ -76,7 +76,7 @@ def with_benches(result: dict[str, Any], directory: Path) -> dict[str, Any]:
             path for way in (f"{name}.bench*.json", f"{name}/bench*.json") for path in (directory / "results").glob(way)
         ]
         read = [bench for bench in map(read_result, sorted(files)) if bench]
-        found = [bench for bench in read if bench.get("work") in (None, cell.get("work"))]
+        found = [bench for bench in read if tells_of(bench, cell.get("work") or "")]
         cells.append({**cell, "bench": found} if found else cell)
     return {**result, "cells": cells}
 
@@ -89,6 +89,7 @@ def sweep_page(result: dict[str, Any]) -> Page:
     sections = (
         _front(result, judged),
         matrix(result, judged, [cell for cell in cells if cell.get("status") != "judged"]),
+        by_platform(judged),
         differences(judged),
         _notices(cells),
         _cost(result, cells),

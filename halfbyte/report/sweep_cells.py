@@ -88,6 +88,37 @@ def _row(cell: dict[str, Any], panels: list[Panel]) -> list[Cell | str]:
     ]
 
 
+def by_platform(judged: list[dict[str, Any]]) -> Section | None:
+    """What every cell gave on each platform that it was judged on, and the device; None where none was named."""
+    rows: list[list[Cell | str]] = []
+    for cell in judged:
+        for platform, one in mapping(cell.get("judged_on")).items():
+            metrics, verdict = mapping(dig(one, "eval", "metrics")), text(dig(one, "gates", "verdict"))
+            kl = dig(metrics, "kl_mean")
+            rows.append(
+                [
+                    text(cell.get("name")),
+                    text(platform),
+                    text(dig(one, "hardware")),
+                    Cell(significant(dig(kl, "value"), 3), note=between(kl, lambda x: significant(x, 3))),
+                    shown(metrics.get("ppl_ratio"), change),
+                    percent(dig(metrics, "top1", "value")),
+                    Cell(verdict, status=VERDICTS.get(verdict, ("", "open"))[1]),
+                ]
+            )
+    if not rows:
+        return None
+    labels = (left("Cell"), left("Platform"), left("Device", wide=True))
+    columns = [*labels, right("KL"), right("Perplexity"), right("Same token"), left("Gates")]
+    told = "Each against BF16 on the same device. A cell passes its gates where it passes them on every platform."
+    return Section(
+        "platforms",
+        "Where the cells were judged",
+        [table(columns, rows, stack=True), Words(told, soft=True)],
+        "Platforms",
+    )
+
+
 def differences(judged: list[dict[str, Any]]) -> Section | None:
     """The recipe keys in which the cells differ; None where all have one recipe."""
     recipes = {text(cell.get("name")): dict(flat(mapping(cell.get("recipe")))) for cell in judged}

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
 
 INTERVAL_S = 0.5
 
@@ -75,12 +76,16 @@ def device_bytes(nvml: Any) -> int:
 
 
 def device_name() -> str | None:
-    """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"); None where NVML is not there."""
+    """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"), of NVML or else of torch; None where neither
+    knows any."""
     nvml = _nvml()
-    if nvml is None or not (count := nvml.nvmlDeviceGetCount()):
+    if nvml is not None and (count := nvml.nvmlDeviceGetCount()):
+        name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+        name = name.decode() if isinstance(name, bytes) else str(name)
+    elif torch.cuda.is_available():  # also what torch calls AMD's
+        count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
+    else:
         return None
-    name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
-    name = name.decode() if isinstance(name, bytes) else str(name)
     return name if count == 1 else f"{count} x {name}"
 
 

@@ -83,7 +83,8 @@ def serve_command(
     notes = [note for note in (facts.notice, support.reason) if note] + list(support.notes)
 
     flags: Flags = {**platform.flags, **support.flags}
-    chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency)
+    kv_cache = {**flags, **dict(_pairs(extra))}.get("--kv-cache-dtype")
+    chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency, kv_cache)
     flags.update(chosen)
     notes += [note] if note else []
     limit = config.get("max_position_embeddings")
@@ -139,9 +140,18 @@ def _support(platform: Platform, format_name: str | None, variant: str | None) -
 
 
 def _kernel(
-    platform: Platform, format_name: str | None, variant: str | None, version: str, concurrency: int | None
+    platform: Platform,
+    format_name: str | None,
+    variant: str | None,
+    version: str,
+    concurrency: int | None,
+    kv_cache: str | None,
 ) -> tuple[Flags, str]:
-    """Flags for the kernel that measured fastest at the nearest concurrency, and a sentence that says by how much."""
+    """Flags for the kernel that measured fastest at the nearest concurrency, and a sentence that says by how much.
+
+    Those measured with the KV cache that is served are compared, where there are any: which cache it is, is not a
+    question of speed alone.
+    """
     if format_name is None or not platform.speed:
         return {}, ""
     tables = [table for table in platform.speed if table.covers(version)]
@@ -150,7 +160,7 @@ def _kernel(
     table = next((table for table in tables if table.rows_for(format_name, variant)), None)
     if table is None:
         return {}, f"no speed was measured for {format_name} on {platform.name}: bench before you rely on a gain"
-    rows = table.rows_for(format_name, variant)
+    rows = table.rows_for(format_name, variant, kv_cache)
     at = table.nearest(concurrency or ASSUMED_CONCURRENCY)
     best = min(rows, key=lambda row: row.seconds[at])
     return best.flags, _speed_note(table, rows, best, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import httpx
+import torch
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import redacted
@@ -117,6 +119,7 @@ class Server:
             child.stop()
 
     def _start(self) -> None:
+        make_room()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             told = replace(self.command, argv=redacted(self.command.argv))
@@ -191,3 +194,10 @@ def _answers(http: httpx.Client, url: str) -> bool:
         return http.get(url).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def make_room() -> None:
+    """Give back what torch keeps of the GPU's memory for later: a server wants most of it at once."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from halfbyte.calibration import CalibrationSet
+from halfbyte.serving import install
 from halfbyte.types import QuantizedLinear
 from tests.tiny import VOCAB
 
@@ -77,3 +78,12 @@ def edit_json(path: Path, change: Any) -> None:
     tree = json.loads(path.read_text())
     change(tree)
     path.write_text(json.dumps(tree))
+
+
+def without_vllm(patch: pytest.MonkeyPatch, cache: Path | None = None) -> None:
+    """No vLLM is found, which also takes no time; with `cache`, what is kept is kept there."""
+    if cache is not None:
+        patch.setenv("HALFBYTE_CACHE", str(cache))
+    patch.delenv("HALFBYTE_VLLM", raising=False)
+    patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+    patch.setenv("PATH", "/nowhere")

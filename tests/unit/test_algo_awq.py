@@ -145,11 +145,11 @@ def test_the_search_finds_nearly_the_best_candidate(grid: str, effort: str) -> N
 def test_a_walk_ends_at_the_bottom_of_a_smooth_valley(effort: str, place: float, mixed: bool) -> None:
     tried, seen = candidates(effort), []
 
-    def loss(alpha: float, beta: float) -> float:
-        seen.append((alpha, beta))
-        return (alpha - place) ** 2 + (0.0 if (beta > 0) == mixed else 0.3)
+    def losses(some: list[tuple[float, float]]) -> list[float]:
+        seen.extend(some)
+        return [(alpha - place) ** 2 + (0.0 if (beta > 0) == mixed else 0.3) for alpha, beta in some]
 
-    found = walk(tried, loss)
+    found = walk(tried, losses)
     assert len(seen) == len(set(seen)) and (0.0, 0.0) in seen
     path = [c for c in tried if (c[1] > 0) == mixed]
     assert found == min(path, key=lambda c: (c[0] - place) ** 2)
@@ -161,7 +161,7 @@ def test_a_walk_never_ends_above_the_identity() -> None:
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
         losses = dict(zip(candidates("default"), torch.rand(15, generator=g).tolist()))
-        found = walk(list(losses), lambda *c: losses[c])  # noqa: B023
+        found = walk(list(losses), lambda some: [losses[c] for c in some])  # noqa: B023
         assert losses[found] <= losses[0.0, 0.0]
 
 

@@ -105,7 +105,7 @@ def test_order_and_blocks_do_not_leak_into_the_layout() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
+def test_the_factor_is_unit_upper_and_leaves_a_diagonal(act_order: bool) -> None:
     H = hessian(80)
     factor = factorize(H, 0.01, act_order)
     damped = H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(80, dtype=torch.float64)
@@ -116,11 +116,19 @@ def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
         damped = damped[factor.order][:, factor.order]
     else:
         assert factor.order is None
-    U = factor.upper.double()
-    assert torch.equal(U, U.triu()) and bool((U.diagonal() > 0).all())
-    inverse = torch.linalg.inv(damped)
-    assert float((U.T @ U - inverse).norm() / inverse.norm()) < 1e-3
+    assert torch.equal(factor.feedback, factor.feedback.triu()) and bool((factor.feedback.diagonal() == 1).all())
+    assert_diagonal(factor.feedback, damped)
     assert factor.damp == 0.01
+
+
+def assert_diagonal(B: torch.Tensor, H: torch.Tensor) -> None:
+    """B^-1 H B^-T is diagonal and positive, so that B D B^T = H."""
+    inverse = torch.linalg.inv(B.double())
+    D = inverse @ H @ inverse.T
+    assert bool((D.diagonal() > 0).all())
+    root = D.diagonal().rsqrt()
+    rest = (D - torch.diag(D.diagonal())) * root * root[:, None]
+    assert float(rest.abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -159,9 +167,7 @@ def test_a_hessian_that_is_not_positive_definite_raises_the_damping_and_says_so(
     order = factor.order
     assert order is not None
     damped = H.double() + factor.damp * H.double().diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    U = factor.upper.double()
-    inverse = torch.linalg.inv(damped[order][:, order])
-    assert float((U.T @ U - inverse).norm() / inverse.norm()) < 1e-3
+    assert_diagonal(factor.feedback, damped[order][:, order])
     (solved,), _ = solve_group([torch.randn(8, 48)], stats(H), 48, Options("int4_sym", "gptq", damp=0.001))
     assert solved.damp == pytest.approx(0.512)
 
@@ -233,9 +239,9 @@ def test_inputs_are_not_mutated(grid: str, act_order: bool) -> None:
     kept = [t.clone() for t in (W, S, H)]
     Z0 = None if Z is None else Z.clone()
     factor = factorize(H, 0.05, act_order)
-    U0 = factor.upper.clone()
+    U0 = factor.feedback.clone()
     gptq(W, S, Z, factor, get_grid(grid))
     given = Stats(H.diagonal().clone(), H, 1.0, 1)
     solve_group([W], given, 32, Options(grid, "gptq", act_order=act_order))
     assert all(torch.equal(a, b) for a, b in zip((W, S, H), kept))
-    assert torch.equal(factor.upper, U0) and (Z is None or (Z0 is not None and torch.equal(Z, Z0)))
+    assert torch.equal(factor.feedback, U0) and (Z is None or (Z0 is not None and torch.equal(Z, Z0)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import halfbyte.experiments.quantize as quantize
 from halfbyte.calibration import CalibrationSet
 from halfbyte.cli.calibrate import set_words
 from tests.tiny import make_tiny
@@ -127,3 +128,19 @@ def test_the_summary_leaves_out_steps_that_changed_nothing() -> None:
     shown = set_words(manifest, Path("d"), "m", None)
     assert "exact duplicates" not in shown and "length" in shown and "warning: look" in shown
     assert "coverage: 10.0% of the vocabulary, 90.00% of the candidates' tokens\n" in shown
+
+
+def test_the_model_writes_where_all_else_is_computed(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    where, load_model = [], quantize.load_model
+
+    def load(path: Path, device: str = "cpu") -> Any:
+        where.append(device)
+        return load_model(path)
+
+    monkeypatch.setattr(quantize, "load_model", load)
+    monkeypatch.setattr(quantize, "device_of", lambda asked: asked or "the GPU")
+    words = ["calibrate", "-m", model, "--sequences", "4", "--max-tokens", "32"]
+    assert (
+        halfbyte(*words, "-o", tmp_path / "a") == 0 and halfbyte(*words, "-o", tmp_path / "b", "--device", "cpu") == 0
+    )
+    assert where == ["the GPU", "cpu"]

@@ -95,7 +95,7 @@ def test_a_yaml_file_of_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sources: [", "is not valid YAML"),
+        ("sources: [", "not valid YAML"),
         ("a: 1", "give a list `sources`"),
         ("sources: []", "give a list `sources`"),
         ("sources: [{path: a, wait: 1}]", "unknown key 'sources.0.wait': did you mean 'weight'"),

@@ -14,14 +14,15 @@ import yaml
 
 import halfbyte.artifact.writer as writer
 import halfbyte.engine.loop as loop
+import halfbyte.evaluate.speed_machine as speed_machine
 import halfbyte.experiments.ground as ground
 import halfbyte.experiments.measurements as measurements
 import halfbyte.experiments.served_measurements as served_measurements
-import halfbyte.serving.install as install
 from halfbyte.errors import HalfbyteError
+from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.measurements import Measurement, Subject
 from tests.tiny import make_tiny
-from tests.unit.artifacts import digests, halfbyte
+from tests.unit.artifacts import digests, halfbyte, without_vllm
 from tests.unit.fake_vllm import make_fake
 from tests.unit.forked import SHARD_BYTES, run_forked
 
@@ -45,10 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No vLLM anywhere; one cache for this file."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "climb-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", "/nowhere")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "climb-cache")
 
 
 def words(place: Path, out: Path, *more: str, on: str = "cpu") -> list[str]:
@@ -90,9 +88,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
     count = [0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "climb-cache"))
-        patch.setenv("PATH", "/nowhere")
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch, tmp_path_factory.getbasetemp() / "climb-cache")
         patch.setattr(loop, "solve_block", counting)
         patch.setattr(ground, "quantize", quantize)
         code = halfbyte(*words(place, out, *QUALITY, "--gate", "kl=0.000001", "--budget", "12"))
@@ -153,8 +149,7 @@ def counted(whole: dict[str, Any], place: Path, tmp_path_factory: pytest.TempPat
 
     gate = limit_of(whole, "group")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", "/nowhere")
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch)
         patch.setattr(writer, "SHARD_BYTES", SHARD_BYTES)
         patch.setattr(os, "replace", counting)
         code = halfbyte(*words(place, out, *QUALITY, "--gate", gate))
@@ -285,6 +280,21 @@ def test_a_stated_gate_has_its_measurement_run(done: Path, place: Path, monkeypa
     assert (done / "tasks.json").exists(), "no stage of this run made it"
 
 
+def test_a_bench_of_another_artifact_does_not_count(done: Path, place: Path, monkeypatch: Any, capsys: Any) -> None:
+    row, work = producer("bench", bench(1.7)), read(done / "model" / "halfbyte.json")["work"]
+    monkeypatch.setattr(measurements, "MEASUREMENTS", [row])
+    for name, kept in ((work, True), (None, True), ("another", False)):
+        (done / "bench.json").write_text(json.dumps({**bench(1.7), "work": name}))
+        assert halfbyte("report", done) == 0
+        told = "tells of another artifact and was left out" in (done / "report.md").read_text()
+        assert told != kept, name
+        assert ("bench" in card_results(done, work)) == kept
+        assert halfbyte(*words(place, done, *GENEROUS, on="h100")) == 0
+        assert (done / "bench.json").exists() == kept and not row.calls  # type: ignore[attr-defined]
+    assert halfbyte(*words(place, done, *GENEROUS, "--bench", on="h100")) == 0
+    assert len(row.calls) == 1 and read(done / "bench.json")["work"] == work  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_measured_is_told_and_does_not_pass(
     done: Path, place: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -317,6 +327,7 @@ def test_memory_comes_from_the_plan(done: Path, place: Path, capsys: Any) -> Non
 def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
     """The registry's own rows, with a stand-in for vLLM: it scores nonsense, so that `served` rejects."""
     monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
+    monkeypatch.setattr(speed_machine, "device_name", lambda: "2 x NVIDIA H100 80GB HBM3")
     fake = make_fake(tmp_path / "fake")
     gates = ["--gate", "speed@1=-99%", "--gate", "speed@2=-99%", "--gate", "stability", "--gate", "memory@2=fits"]
     assert halfbyte(*words(place, done, *GENEROUS, *gates, "--vllm", str(fake), on="h100")) == 3
@@ -328,3 +339,30 @@ def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any,
     assert len(benched) == 2 * 3, "stability takes the runs of the bench: two levels, three repeats, once each"
     bench = read(done / "bench.json")
     assert [point["concurrency"] for point in bench["points"]] == [1, 2] and str(tmp_path) not in json.dumps(bench)
+
+
+def test_a_gate_on_stability_alone_measures_no_speed(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
+    fake = make_fake(tmp_path / "fake")
+    gates = ["--gate", "stability", "--concurrency", "2", "--vllm", str(fake)]
+    assert halfbyte(*words(place, done, *GENEROUS, *gates, on="cpu")) == 3
+    rows = {row["name"]: row for row in read(done / "gates.json")["gates"]}
+    assert rows["stability"]["status"] != "not measured"
+    assert read(done / "stability.json")["load"]["concurrency"] == 2
+    assert not (done / "bench.json").exists() and not (done / "model" / "benched").exists()
+    assert not list((done / "serving").rglob("c*-r*.json")), "runs of a bench that nobody asked for"
+
+
+def test_speed_is_measured_on_the_platform_that_this_machine_is(
+    done: Path, place: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(speed_machine, "device_name", lambda: None)
+    monkeypatch.setattr(speed_machine, "NODES", {})
+    fake = make_fake(tmp_path / "fake")
+    gates = [*GENEROUS, "--gate", "speed@1=-99%", "--vllm", str(fake)]
+    assert halfbyte(*words(place, done, *gates, on="h100")) == 3
+    row = {row["name"]: row for row in read(done / "gates.json")["gates"]}["speed@1"]
+    assert row["status"] == "not measured" and "is not h100: measure there" in row["text"]
+    assert not (done / "model" / "benched").exists(), "figures of a CPU under the name of a GPU"
+    assert halfbyte(*words(place, done, *gates, "--on", "cpu", on="h100")) == 3
+    assert read(done / "bench.json")["platform"] == "cpu"

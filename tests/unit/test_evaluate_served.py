@@ -49,7 +49,7 @@ def stand_in(monkeypatch, artifact, windows, factor=1.0, weight=None, error=None
         assert format_name == "gptq" and ids == [i.tolist() for i in windows.ids]
         served = score_reference(load(directory), windows)["perplexity"] * factor
         return {"ppl_served": served, "completion": "x", "weight_gib_reported": weight, "load_seconds": 1.0,
-                "vllm": "0", "command": ["vllm"]}  # fmt: skip
+                "vllm": "0", "command": ["/some/where/vllm", "serve", str(directory), "--port", "1"]}  # fmt: skip
 
     monkeypatch.setattr("halfbyte.serving.find_vllm", lambda named=None: SimpleNamespace(version="0"))
     monkeypatch.setattr("halfbyte.serving.probe", probe)
@@ -62,6 +62,7 @@ def test_served_perplexity_within_the_limit(monkeypatch, artifact, windows, tmp_
     found = compare_served(artifact, windows, log_path=tmp_path / "log")
     assert found["status"] == "served" and found["passed"] is passed and bool(found["reason"]) is not passed
     assert set(found) == KEYS and found["limit"] == 0.005 and found["artifact_gib"] > 0
+    assert found["command"] == ["vllm", "serve", "artifact", "--port", "1"], "it says where things lie"
     if passed:
         assert json.loads(write_served(tmp_path, found).read_text()) == found
 

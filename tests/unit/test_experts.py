@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,8 @@ from halfbyte.engine.block import BlockResult
 from halfbyte.engine.experts import PRIOR, SPREAD
 from halfbyte.engine.importance import EXPERTS, SINK, first_token
 from halfbyte.engine.loop import make_batches
+from halfbyte.engine.wire import packed, perform, unpack
+from halfbyte.engine.workers import Errand
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.cells import resolve_cells
 from halfbyte.experiments.matrix import Matrix, MatrixCell
@@ -195,6 +199,40 @@ def test_an_expert_without_tokens(family: str, tmp_path: Path, monkeypatch: pyte
     assert len(errors) == 3 and all(0 < e < 0.15 for e in errors)
 
 
+class Watched:
+    """One worker apart, in a thread: how many pieces of work were made and not done yet, at most."""
+
+    apart, count = True, 1
+
+    def __init__(self) -> None:
+        self.pool, self.futures, self.most = ThreadPoolExecutor(1), list[Future[Any]](), 0
+
+    def open(self) -> None:
+        pass
+
+    def submit(self, errand: Errand) -> Future[Any]:
+        def work() -> Any:
+            time.sleep(0.05)
+            return unpack(perform(sent, "cpu", torch.get_num_threads())).value
+
+        sent = packed(errand)
+        self.futures.append(self.pool.submit(work))
+        self.most = max(self.most, sum(not future.done() for future in self.futures))
+        return self.futures[-1]
+
+
+def test_workers_get_expert_after_expert(model_of: Callable[..., Path]) -> None:
+    """Their statistics are not all made before the first is solved, and the results are those of no workers."""
+    path, them = model_of("qwen3_moe", num_experts=8), Watched()
+    ours, theirs = run(path, recipe(), DATA), run(path, recipe(), DATA, workers=them)
+    assert len(them.futures) > 8 and them.most <= 3, them.most
+    for block, result in ours.items():
+        for name, solved in result.linears.items():
+            other = theirs[block].linears[name].q
+            assert torch.equal(solved.q.codes, other.codes) and torch.equal(solved.q.scales, other.scales), name
+        assert result.experts == theirs[block].experts
+
+
 def test_data_free_mixtures_report_no_tokens(model_of: Callable[..., Path], tmp_path: Path) -> None:
     manifest = make(model_of("mixtral"), tmp_path / "out", {"method": "rtn", "group_size": 32})
     assert manifest["experts"] is None and manifest["notices"] == []
@@ -233,7 +271,7 @@ def test_scales_of_experts_cancel(family: str, model_of: Callable[..., Path], mo
         return 2 ** (2 * torch.rand(weights[0].shape[1], generator=torch.Generator().manual_seed(3)) - 1)
 
     def keep(weights: list[torch.Tensor], *_: object) -> tuple[list[Solved], None]:
-        return [Solved(SimpleNamespace(weight=w.clone()), 0.0, None) for w in weights], None  # type: ignore[arg-type]
+        return [Solved(SimpleNamespace(weight=w.float().clone()), 0.0, None) for w in weights], None  # type: ignore[arg-type]
 
     monkeypatch.setattr(block_module, "find_scale", forced)
     monkeypatch.setattr(block_module, "solve_group", keep)

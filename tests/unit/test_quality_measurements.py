@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-import halfbyte.serving.install as install
 from halfbyte.evaluate import text_windows
 from halfbyte.experiments import quality_measurements as quality
 from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.experiments.workshop import CALIBRATION_SHARE
 from tests.tiny import make_tiny
-from tests.unit.artifacts import halfbyte
+from tests.unit.artifacts import halfbyte, without_vllm
 
 GENEROUS = ["--gate", "ppl=+100000%", "--gate", "top1=0%"]
 
@@ -40,9 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "producers-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "producers-cache")
 
 
 def rows_of(place: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -65,6 +62,37 @@ def test_tasks_and_long_context(place: Path, tmp_path: Path) -> None:
     tokenizer, held = load_tokenizer(place / "m"), (CALIBRATION_SHARE, 1.0)
     unseen = text_windows([place / "own.txt"], tokenizer, window=1023, portion=held).first(4)
     assert long["text"]["sha256"] == unseen.sha256, "perplexity on text that was not calibrated on"
+
+
+def test_a_task_that_only_a_gate_names_is_measured_too(place: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    words = [f"The word number {i} of this text is once more the word number {i}" for i in range(6)]
+    (data / "lambada_test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    more = ["--tasks", str(place / "sums.yaml"), "--gate", "task:lambada-jsonl=-100%", "--data", data, "--limit", "4"]
+    rows = rows_of(place, out, *more, "--gate", "task:sums=-100%")
+    assert [rows[name]["status"] for name in ("task:sums", "task:lambada-jsonl")] == ["passed"] * 2
+    tasks = json.loads((out / "tasks.json").read_text())["tasks"]
+    assert [(row["name"], row["items"]) for row in tasks] == [("sums", 4), ("lambada-jsonl", 4)]
+    rows_of(place, out, *more[:-1], "3")
+    assert {row["items"] for row in json.loads((out / "tasks.json").read_text())["tasks"]} == {3}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--tasks", "sums.yaml", "--gate", "task:arc_easi=-1%"], "knows no task 'arc_easi': did you mean 'arc_easy'?"),
+        (["--gate", "task:mmlu=-1%"], "'mmlu' stands for several tasks of lm-eval's: name one of them"),
+        (["--gate", "task:lambada-jsonl=-1%"], "name its directory with --data"),
+        (["--limit", "3"], "--data and --limit are for tasks: ask for them with --tasks"),
+    ],
+)
+def test_tasks_that_cannot_be_measured_are_refused_at_once(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, more: list[str], words: str
+) -> None:
+    monkeypatch.chdir(place)
+    assert halfbyte("run", place / "m", "--on", "cpu", "-o", tmp_path / "run", *more) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("held", "kept"), [((0.8, 1.0), True), ((0.99, 1.0), False)])

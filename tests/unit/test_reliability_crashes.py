@@ -52,3 +52,20 @@ def test_a_process_that_is_left_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_process_that_renamed_itself_is_told_by_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's engine does: the run's directory is nowhere in its command line."""
+    monkeypatch.setattr(crashes, "WAIT_S", 0.1)
+    bench = crashes.Bench("run", lambda place: [], tmp_path, {"TMPDIR": str(tmp_path / "own")})
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(words, env={**os.environ, **bench.env})
+    other = subprocess.Popen(words)
+    try:
+        assert crashes._left_behind(bench, tmp_path / "out") == [f"process {child.pid}"]
+    finally:
+        for one in (child, other):
+            one.kill()
+            one.wait()

@@ -23,7 +23,7 @@ from halfbyte.report.plane import Point, scatter, spread_labels
 from halfbyte.report.plots import is_least, limit_number, sensitivity_by_linear
 from halfbyte.report.run_page import run_page
 from halfbyte.report.sources import COMMANDS, Sources, read_sources
-from halfbyte.report.sweep import sweep_page, with_benches
+from halfbyte.report.sweep import build_sweep_report, sweep_page, with_benches
 from halfbyte.report.words import visible
 from tests.unit import report_files as files
 
@@ -288,6 +288,25 @@ def test_a_sweep_without_speed_says_how_to_measure_it(tmp_path: Path) -> None:
     (tmp_path / "results" / "B3" / "bench.json").write_text(json.dumps(files.bench("mi325x")))
     page = sweep_page(with_benches(result, tmp_path))
     assert len(charts(section(page, "front"))) == 11 and page.missing == []
+
+
+def test_a_sweep_says_what_each_device_judged(tmp_path: Path) -> None:
+    result = files.sweep()
+    assert all(one.id != "platforms" for one in sweep_page(result).sections), "no platform was named to judge on"
+    cell = result["cells"][2]
+    metrics = {"kl_mean": files.around(0.2), "ppl_ratio": files.around(1.3), "top1": files.around(0.7)}
+    other = {"eval": {"metrics": metrics}, "gates": {"verdict": "rejected"}, "hardware": "AMD Instinct MI325X"}
+    here = {"eval": cell["eval"], "gates": cell["gates"], "hardware": "NVIDIA H100 80GB HBM3"}
+    cell["judged_on"] = {"h100": {**here, "gates": {"verdict": "accepted"}}, "mi325x": other}
+    (tmp_path / "sweep.json").write_text(json.dumps(result))
+    page, plain = build_sweep_report(tmp_path)
+    rows = [line for line in plain.read_text().splitlines() if "NVIDIA H100 80GB HBM3 |" in line or "MI325X |" in line]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| B1", "h100", "NVIDIA H100 80GB HBM3"],
+        ["| B1", "mi325x", "AMD Instinct MI325X"],
+    ]
+    assert "0.131" in rows[0] and "accepted" in rows[0] and "0.2 (0.188 to 0.212)" in rows[1] and "rejected" in rows[1]
+    assert "Where the cells were judged" in page.read_text() and "AMD Instinct MI325X" in page.read_text()
 
 
 def test_a_front_holds_what_nothing_beats() -> None:

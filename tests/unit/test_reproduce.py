@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import halfbyte.serving.install as install
 from halfbyte import Recipe, quantize
 from halfbyte.artifact import read_manifest
 from halfbyte.calibration import CalibrationSet
@@ -19,7 +18,7 @@ from halfbyte.experiments import reproduce as room
 from halfbyte.experiments.reproduce import reproduce
 from halfbyte.experiments.tokens import find_tokens
 from tests.tiny import make_tiny
-from tests.unit.artifacts import digests, edit_json, halfbyte, random_set
+from tests.unit.artifacts import digests, edit_json, halfbyte, random_set, without_vllm
 
 GPTQ = {"method": "gptq", "group_size": 32}
 
@@ -27,10 +26,7 @@ GPTQ = {"method": "gptq", "group_size": 32}
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One cache for this file, and no vLLM, whose version takes seconds to find."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "reproduce-cache"))
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", str(tmp_path_factory.getbasetemp()))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "reproduce-cache")
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +170,10 @@ def test_text_is_cut_again(model: Path, tmp_path: Path) -> None:
         with pytest.raises(room.HalfbyteError, match=r"made of corpus\.txt"):
             reproduce(tmp_path / "out", model=str(model))
         assert reproduce(tmp_path / "out", model=str(model), calibration=[text])["result"] == "identical"
+
+
+def test_where_it_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {("cuda", "cuda:1"): "cuda:1", ("cpu", "cuda"): "cpu", ("cuda", "cpu"): "cpu", ("cpu", "cpu"): "cpu"}
+    for (here, told), expected in cases.items():
+        monkeypatch.setattr(room, "device_of", lambda _, here=here: here)
+        assert room._device({"device": told}) == expected

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-import halfbyte.serving.install as install
 from tests.tiny import make_tiny
-from tests.unit.artifacts import digests, edit_json, halfbyte
+from tests.unit.artifacts import digests, edit_json, halfbyte, without_vllm
 from tests.unit.fake_vllm import VERSION, make_fake
 from tests.unit.forked import run_forked
 
@@ -38,10 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No vLLM anywhere; one cache for this file."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "run-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", "/nowhere")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "run-cache")
 
 
 @pytest.fixture(scope="module")

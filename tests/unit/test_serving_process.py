@@ -48,6 +48,15 @@ def gone(directory, within=20.0):
     return not any(map(alive, pids(directory)))
 
 
+def test_a_server_finds_the_memory_that_torch_kept(install, tmp_path, monkeypatch):
+    """What torch keeps for later on a GPU is as good as taken: vLLM asks for most of it at once."""
+    order = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: order.append((tmp_path / "starts").exists()))
+    with server(install, tmp_path):
+        assert order == [False] and (tmp_path / "starts").exists()
+
+
 class Recorder(Quiet):
     def __init__(self):
         super().__init__()

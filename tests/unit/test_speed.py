@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from halfbyte.evaluate.speed_result import bench_result, sentences, stability_re
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.speed_tune import tune
 from halfbyte.evaluate.stability import Watch
+from halfbyte.experiments.bench_cells import bench_cells
 from halfbyte.platforms import load_platform
 from halfbyte.serving import find_vllm, serve_command
 from halfbyte.serving.bench import ended
@@ -156,6 +156,30 @@ def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[P
 
 def replace_request(found: Any, request: BenchRequest) -> Any:
     return replace(found, request=request)
+
+
+def test_a_bench_names_the_work_that_it_measured(
+    whole: Any, install: Any, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert bench_result(whole[0])["work"] is None, "a directory that halfbyte did not make"
+    made = Path(shutil.copytree(models[1], tmp_path / "made"))
+    (made / "halfbyte.json").write_text('{"work": "w"}')
+    found = measure(asked((models[0], made), 1, watch=Watch(1, tokens=8, prompts=1)), tmp_path / "out", install)
+    stable = stability_result(found)
+    assert stable is not None and bench_result(found)["work"] == stable["work"] == "w"
+
+
+def test_a_cell_may_be_called_as_the_sides_are(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    blank = {"same_as": None, "work": "w"}
+    rows = [{"name": name, "path": name, **blank} for name in ("baseline", "model", "B1")]
+    for row in rows:
+        shutil.copytree(models[1], tmp_path / row["path"])
+    load = {"input_tokens": 8, "output_tokens": 4, "requests": 4, "repeats": 2}
+    found = bench_cells(tmp_path, rows, models[0], "cpu", 2, install, **load)
+    assert {name: row["status"] for name, row in found.items()} == dict.fromkeys(("baseline", "model", "B1"), "ok")
+    for name, row in found.items():
+        assert row["cell"] == name and 1.6 < row["speedup"]["value"] < 1.8, name
+        assert json.loads((tmp_path / "results" / f"{name}.bench.json").read_text()) == {**row, "work": "w"}
 
 
 def test_running_out_of_memory_is_a_result(
@@ -362,31 +386,3 @@ def test_knobs_of_the_platforms_are_for_formats_that_load() -> None:
         assert platform.tune
         for knob in platform.tune:
             assert knob.flag.startswith("--") and set(knob.formats) <= {key.split("/")[0] for key in platform.formats}
-
-
-def test_the_gpu_script_asks_for_every_kernel_that_the_platform_names(tmp_path: Path) -> None:
-    import argparse
-    import importlib.util
-
-    from halfbyte.cli.bench import _config
-
-    file = Path(__file__).parents[2] / "benchmarks" / "gpu" / "serving.py"
-    spec = importlib.util.spec_from_file_location("gpu_serving", file)
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    args = argparse.Namespace(levels="1,16", repeats=3, prefill=2048, requests=None, vllm=None)
-    h100 = load_platform("h100")
-    words = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "gptq", "0.32.0")]
-    configs = dict(_config(value) for flag, value in pairwise(words) if flag == "--config")
-    assert configs["linear-backend-marlin"] == ("--linear-backend", "marlin")
-    assert configs["kv-cache-dtype-auto"] == ("--kv-cache-dtype", "auto")
-    old = [str(w) for w in script.bench_words(args, tmp_path, tmp_path, tmp_path, h100, "modelopt", "0.26.0")]
-    assert "linear-backend-humming: --linear-backend humming" in old and not any("machete" in word for word in old)
-
-    row = {"kernel": "BF16", "format": "bf16", "seconds": {"1": 1.0, "4": 2.0}}
-    for name, seconds in (("a", {"1": 0.5, "4": 1.0}), ("b", {"4": 1.5})):
-        table = {"device": "cpu", "rows": [row, {"kernel": name, "format": "gptq", "seconds": seconds}]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(table))
-    rows = script.merged([tmp_path / "a.json", tmp_path / "b.json"])["rows"]
-    assert [(r["kernel"], r["seconds"]) for r in rows] == [("BF16", {"4": 2.0}), ("a", {"4": 1.0}), ("b", {"4": 1.5})]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,7 +19,6 @@ import halfbyte.engine.loop as loop
 import halfbyte.experiments.judging as judging
 import halfbyte.experiments.passes as passes
 import halfbyte.experiments.sweep as module
-import halfbyte.serving.install as install
 from halfbyte.artifact import check_artifact, load_fake_quantized
 from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError, UsageError
@@ -32,7 +32,7 @@ from halfbyte.models import Checkpoint, family_of
 from halfbyte.recipe import load_recipe
 from halfbyte.report import build_report
 from tests.tiny import VOCAB, make_tiny
-from tests.unit.artifacts import digests, halfbyte, random_set
+from tests.unit.artifacts import digests, halfbyte, random_set, without_vllm
 from tests.unit.forked import run_forked
 from tests.unit.test_report import Page
 
@@ -44,10 +44,7 @@ PORTABLE = {"extends": "portable"}
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No vLLM anywhere; one cache for this file."""
-    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.getbasetemp() / "sweep-cache"))
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", "/nowhere")
+    without_vllm(monkeypatch, tmp_path_factory.getbasetemp() / "sweep-cache")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def done(go: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     """The strategy's matrix, whole. Not to be changed."""
     out = tmp_path_factory.mktemp("strategy") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(install, "ENVIRONMENT", "no-such-environment")
+        without_vllm(patch)
         return out, go(out, "strategy", platforms=["h100", "mi325x"])
 
 
@@ -216,17 +213,24 @@ def test_work_is_shared(go: Any, model: Path, tmp_path: Path, monkeypatch: pytes
 def test_other_statistics_get_a_pass_of_their_own(
     go: Any, model: Path, data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round-to-nearest cell and one that propagates have the bytes that they have alone, among others too."""
+    """Round to nearest, propagation and the fast tier have the bytes that they have alone, among other cells too."""
     passed = count(monkeypatch, passes, "quantize_blocks")
     cells = {
         "B3": None,
         "rtn": {"method": "rtn", "group_size": 32},
         "on": {"extends": "B3", "propagate": True},
         "less": {"extends": "B3", "ignore": ["lm_head", "re:.*down_proj"]},
+        "fast": {"extends": "B3", "effort": "fast"},
     }
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 1000)
     result = go(tmp_path / "out", {"cells": cells})
-    assert {row["status"] for row in result["cells"]} == {"judged"} and len(passed) == 2
-    for name, words in (("rtn", {"method": "rtn", "group_size": 32}), ("on", {**B3, "propagate": True})):
+    assert {row["status"] for row in result["cells"]} == {"judged"} and len(passed) == 3
+    alone = {
+        "rtn": {"method": "rtn", "group_size": 32},
+        "on": {**B3, "propagate": True},
+        "fast": {**B3, "effort": "fast"},
+    }
+    for name, words in alone.items():
         quantize(str(model), load_recipe("B3").model_validate(words), tmp_path / name, data, device="cpu")
         assert digests(tmp_path / "out" / "cells" / name) == digests(tmp_path / name), name
 
@@ -392,7 +396,31 @@ def test_a_stated_gate_on_speed_reads_what_was_benchmarked(
 def test_the_check_is_a_gate(go: Any, tmp_path: Path) -> None:
     row = go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "check"])["cells"][0]
     assert row["gates"]["verdict"] == "accepted" and row["check"]["ok"]
-    assert go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "served"])["verdict"] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("gate", "bench", "how"),
+    [
+        ("tasks=-2%", None, "halfbyte run -r RECIPE --gate tasks=-2% does"),
+        ("long_context=5%", None, "halfbyte run -r RECIPE"),
+        ("memory@4=fits", 4, "halfbyte run -r RECIPE"),
+        ("stability", None, "halfbyte run -r RECIPE"),
+        ("served", None, "halfbyte run -r RECIPE"),
+        ("speed@4=+20%", None, "--bench 4 does"),
+        ("speed@4=+20%", 8, "--bench 4 does"),
+    ],
+)
+def test_a_gate_that_is_not_measured_is_refused_at_once(
+    go: Any, tmp_path: Path, gate: str, bench: int | None, how: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--gate {gate}: this sweep does not measure that; {how}")):
+        go(tmp_path / "out", PORTABLE, only=["B3"], gates=[gate], bench=bench)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_on_the_speed_that_will_be_measured_is_taken(go: Any, tmp_path: Path) -> None:
+    result = go(tmp_path / "out", PORTABLE, only=["B3"], gates=[*GENEROUS, "speed@4=+20%"], bench=4)
+    assert [row["gates"]["verdict"] for row in result["cells"]] == ["incomplete"]
 
 
 def test_force_begins_anew_and_foreign_directories_are_refused(go: Any, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """GPTQ's column loop (halfbyte.algo.gptq) on a GPU.
 
-Given the factor U, output channels do not see each other. A program takes `ROWS` of them through one block of columns:
-its tile of W stays in registers, each column is picked out by a masked sum, rounded, and its error spread over the
-columns after it, all in float32. A column that is done leaves its error in the tile. What the block owes to the rest
-is one product, as in the oracle.
+Given the factor B, output channels do not see each other. A program takes `ROWS` of them through one block of columns:
+its tile of weights, with what was fed forward to them, stays in registers; each column is picked out by a masked sum,
+rounded, and its error spread over the columns after it, all in float32. A column that is done leaves its error in the
+tile. What the block feeds to the rest is one product, as in the oracle.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -21,7 +21,7 @@ ROWS, WARPS = 8, 1
 
 @triton.jit
 def _block(
-    W, U, scales, zeros, group_of, errors, codes, total, W_step, U_step, S_step,
+    X, W, B, scales, zeros, group_of, errors, codes, total, W_step, B_step, S_step,
     GRID: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -29,23 +29,22 @@ def _block(
     live = rows < total
     inside = live[:, None] & (columns < COUNT)[None, :]
     at = rows.to(tl.int64)
-    w = tl.load(W + at[:, None] * W_step + columns[None, :], mask=inside, other=0.0)
+    x = tl.load(X + at[:, None] * W_step + columns[None, :], mask=inside, other=0.0)
     chosen = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    u_row = U
+    b_row = B
     for j in range(COUNT):
         group = tl.load(group_of + j)
         s = tl.load(scales + at * S_step + group, mask=live, other=1.0)
         z = tl.load(zeros + at * S_step + group, mask=live, other=0.0) if GRID == "int4_asym" else 0.0
-        u = tl.load(u_row + columns, mask=(columns > j) & (columns < COUNT), other=0.0)
-        step = tl.div_rn(1.0, tl.load(u_row + j))
+        w = tl.load(W + at * W_step + j, mask=live, other=0.0)
+        b = tl.load(b_row + columns, mask=(columns > j) & (columns < COUNT), other=0.0)
         here = (columns == j)[None, :]
-        w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
-        value = snap(tl.div_rn(w_j, s), z, GRID)
-        e = (w_j - value * s) * step
-        w = tl.where(here, e[:, None], w - e[:, None] * u[None, :])
+        value = snap(tl.div_rn(tl.sum(tl.where(here, x, 0.0), axis=1), s), z, GRID)
+        e = w - value * s
+        x = tl.where(here, e[:, None], x + e[:, None] * b[None, :])
         chosen = tl.where(here, code_of(value, z, GRID)[:, None], chosen)
-        u_row += U_step
-    tl.store(errors + at[:, None] * BLOCK + columns[None, :], w, mask=inside)
+        b_row += B_step
+    tl.store(errors + at[:, None] * BLOCK + columns[None, :], x, mask=inside)
     tl.store(codes + at[:, None] * W_step + columns[None, :], chosen.to(tl.uint8), mask=inside)
 
 
@@ -53,7 +52,7 @@ def round_columns(
     W_OI: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
-    U: torch.Tensor,
+    B: torch.Tensor,
     order: torch.Tensor | None,
     grid: str,
     rows: int = ROWS,
@@ -62,14 +61,15 @@ def round_columns(
     """Codes, uint8 [O, I], of W (float, [O, I]) rounded column by column.
 
     scales, zeros   float32 [O, G], G dividing I: groups of contiguous columns in the file's order (or a column each)
-    U, order        of the Factor: float32 [I, I], int64 [I] or None
-    Rows are independent: linears and recipes with one U can be stacked along O, each row with its own scales.
+    B, order        of the Factor: float32 [I, I], int64 [I] or None
+    Rows are independent: linears and recipes with one B can be stacked along O, each row with its own scales.
     """
     total, width = W_OI.shape
     place = torch.arange(width, device=W_OI.device) if order is None else order
     W = W_OI.index_select(1, place).float()
     group_of = place.div(width // scales.shape[1], rounding_mode="floor").int()
-    S, U = scales.float().contiguous(), U.contiguous()
+    S, B = scales.float().contiguous(), B.contiguous()
+    X = W.clone()
     Z = S if zeros is None else zeros.float().contiguous()
     errors = torch.empty(total, BLOCK, device=W.device)
     codes = torch.empty(total, width, dtype=torch.uint8, device=W.device)
@@ -77,12 +77,12 @@ def round_columns(
         last = min(first + BLOCK, width)
         with torch.cuda.device_of(W):
             _block[(triton.cdiv(total, rows),)](
-                W[:, first:], U[first:, first:], S, Z, group_of[first:], errors, codes[:, first:],
+                X[:, first:], W[:, first:], B[first:, first:], S, Z, group_of[first:], errors, codes[:, first:],
                 total, width, width, S.shape[1],
                 GRID=grid, COUNT=last - first, ROWS=rows, BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
         if last < width:
-            W[:, last:].addmm_(errors[:, : last - first], U[first:last, last:], alpha=-1)
+            X[:, last:].addmm_(errors[:, : last - first], B[first:last, last:])
     if order is None:
         return codes
     return codes.index_select(1, torch.empty_like(order).scatter_(0, order, torch.arange(width, device=W.device)))

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-import halfbyte.serving.install as install
 from tests.tiny import make_tiny
-from tests.unit.artifacts import halfbyte, random_set
+from tests.unit.artifacts import halfbyte, random_set, without_vllm
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +41,8 @@ def artifact(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture()
-def no_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("HALFBYTE_VLLM", raising=False)
-    monkeypatch.setattr(install, "ENVIRONMENT", "no-such-environment")
-    monkeypatch.setenv("PATH", str(tmp_path))
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_vllm(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.unit.artifacts import edit_json, halfbyte
+from tests.unit.fake_vllm import VERSION, make_fake
 
 
 def shard(artifact: Path) -> Path:
@@ -82,4 +83,15 @@ def test_check_names_the_damage(code: str, artifact: Path, capsys: Any, as_json:
 def test_check_writes_its_result(made: Path, tmp_path: Path, as_json: Any) -> None:
     result = as_json("check", made, "-o", tmp_path / "deep" / "place")
     written = json.loads((tmp_path / "deep" / "place" / "check.json").read_text())
-    assert written["ok"] and result == {**written, "served": None}
+    assert written["ok"] and result == {**written, "served": None} and written["path"] == made.name
+
+
+def test_what_check_writes_names_no_place(artifact: Path, tmp_path: Path, as_json: Any) -> None:
+    """A stand-in for vLLM, which scores nonsense."""
+    fake, out = make_fake(tmp_path / "fake"), tmp_path / "out"
+    as_json("check", artifact, "--serve", "--vllm", fake, "-o", out, code=1)
+    served = json.loads((out / "served.json").read_text())
+    assert served["status"] == "served" and served["vllm"] == VERSION
+    assert served["command"][:3] == ["vllm", "serve", artifact.name]
+    for name in ("check.json", "served.json"):
+        assert str(tmp_path) not in (out / name).read_text() and str(artifact.parent) not in (out / name).read_text()

@@ -48,6 +48,9 @@ def test_questions_chat_and_long_context_in_one_go(
     shown = capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"tasks.json", "qa.jsonl", "chat.json", "long_context.json"}
     kinds = {name: json.loads((out / f"{name}.json").read_text()) for name in ("tasks", "chat", "long_context")}
+    assert {kind["work"] for kind in kinds.values()} == {
+        json.loads((long_artifact / "halfbyte.json").read_text())["work"]
+    }
     for kind, result in kinds.items():
         assert (result["kind"], result["baseline"], result["model"]) == (kind, "tiny", "made")
         assert str(tmp_path.parent) not in json.dumps(result)

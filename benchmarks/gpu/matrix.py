@@ -1,0 +1,268 @@
+"""The strategy's matrix A1..C2 on one model, with quality and tokens/s measured on this GPU, as one Markdown report.
+
+    python benchmarks/gpu/matrix.py MODEL --calibration DIR --text FILE -o DIR [--report FILE] [--gpus 0,1]
+    python benchmarks/gpu/matrix.py --dry -o DIR     two cells of a tiny model on this CPU: does it work?
+
+`halfbyte sweep` makes, judges and ranks the cells; between its two passes vLLM times BF16 and every cell that is served
+differently (cells whose files have the same tensors and the same config, such as NVFP4 in groups of 16, 64 and 128,
+share one measurement), several engines loading at once and each timed alone, and writes what the sweep ranks by,
+results/NAME.bench.json. The KV cache has 16 bits. --report takes the sweep's report, headed by the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu.common import (
+    GIB,
+    Engine,
+    Work,
+    card_gib,
+    card_name,
+    cards,
+    engine_words,
+    markdown,
+    run_engines,
+    say,
+)
+from benchmarks.gpu.served import dry_tokens, dry_windows
+from benchmarks.gpu.shapes import random_model
+from halfbyte import sweep
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate import text_windows
+from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
+from halfbyte.experiments.quantize import load_tokenizer
+from halfbyte.files import make_directory, write_json, write_text
+from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.serving import find_vllm
+
+BASELINE = "baseline"
+ROOM_GIB = 3.0
+DRY = {"defaults": {"tune": "none"}, "cells": {"B": {"method": "gptq", "group_size": 32}, "R": {"method": "rtn"}}}
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--matrix", default="strategy")
+    parser.add_argument("--on", default="h100")
+    parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
+    parser.add_argument("--text", type=Path, help="what the cells are judged on")
+    parser.add_argument("--windows", type=int, default=100, help="of 512 tokens")
+    parser.add_argument("--levels", default="64,1", help="sequences at once; the first counts in the ranking")
+    parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gpus", default=None)
+    parser.add_argument("--abreast", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no engine starts that could not end")
+    parser.add_argument("--vllm", default=None)
+    parser.add_argument("--report", type=Path, default=None)
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args(words)
+    if args.dry:
+        args.on, args.levels, args.tokens, args.repeats, args.abreast = "cpu", "2,1", "16,8", 2, 2
+    elif not (args.model and args.calibration and args.text):
+        parser.error("name MODEL, --calibration DIR and --text FILE, or --dry")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    try:
+        result, speeds = run(args)
+    except HalfbyteError as error:
+        sys.exit(f"matrix.py: {error}")
+    print("\n".join(table(result, speeds)))
+    sys.exit(0 if all(cell["status"] == "judged" for cell in result["cells"]) else 1)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sweep.json, the speed of each cell)."""
+    began = time.monotonic()
+    place, install = make_directory(args.output), find_vllm(args.vllm)
+    base = random_model(place / "tiny", "random:tiny") if args.dry else resolve_model(args.model)
+    data: Any = dry_tokens(base) if args.dry else [args.calibration]
+    windows = dry_windows(data) if args.dry else text_windows([args.text], load_tokenizer(base), count=args.windows)
+    there = place / "sweep"
+
+    def swept() -> dict[str, Any]:
+        matrix, model = (DRY, str(base)) if args.dry else (args.matrix, args.model)
+        return sweep(
+            model, matrix, there, platforms=[args.on], text=windows, calibration=data, command=shlex.join(sys.argv)
+        )
+
+    result = swept()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say(f"{len(result['cells'])} cells made and judged after {time.monotonic() - began:.0f} s")
+    levels = [int(level) for level in args.levels.split(",")]
+    prompt, answer = map(int, args.tokens.split(","))
+    points = [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in levels]
+    config = Checkpoint(base).config
+    engines = engines_of(result["cells"], there, base, engine_words(config, "auto", points))
+    work = Work(points, args.repeats, min(config["vocab_size"], 100_000), timing=15)
+
+    def write() -> dict[str, Any]:
+        facts = {"platform": args.on, "hardware": card_name(), "vllm": install.version, "concurrency": levels[0]}
+        speeds = {row["name"]: bench_of(row, engines, levels, answer, facts) for row in result["cells"] if row["path"]}
+        for name, bench in speeds.items():
+            write_json(make_directory(there / "results") / f"{name}.bench.json", bench)
+        return speeds
+
+    run_engines(
+        list(engines.values()),
+        work,
+        install,
+        place / "runs",
+        cards(args.gpus),
+        gib=card_gib(),
+        abreast=args.abreast,
+        deadline=began + args.seconds,
+    )
+    speeds = write()
+    result = swept()
+    if args.report:
+        write_text(args.report, report(there / "report.md", args, speeds, time.monotonic() - began))
+    return result, speeds
+
+
+def engines_of(
+    cells: Sequence[Mapping[str, Any]], there: Path, base: Path, told: tuple[list[str], float]
+) -> dict[str, Engine]:
+    """BF16, and one engine for each way in which cells are served. `facts["cells"]`: whose speed it is."""
+    words, space = told
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors")) / GIB
+    engines = {"": Engine("bf16", base, tuple(words), size + space + ROOM_GIB, {"cells": [BASELINE]})}
+    for row in cells:
+        if row["path"]:
+            directory = there / row["path"]
+            engine = engines.setdefault(
+                served_as(directory),
+                Engine(row["name"], directory, tuple(words), size + space + ROOM_GIB, {"cells": []}),
+            )
+            engine.facts["cells"].append(row["name"])
+    return engines
+
+
+def served_as(directory: Path) -> str:
+    """The same for two artifacts in which vLLM finds the same tensors under the same config: as fast as each other."""
+    checkpoint = Checkpoint(directory)
+    tensors = {name: [str(info.dtype), list(info.shape)] for name, info in checkpoint.tensors.items()}
+    return hashlib.sha256(json.dumps([tensors, checkpoint.config], sort_keys=True).encode()).hexdigest()
+
+
+def bench_of(
+    row: Mapping[str, Any], engines: Mapping[str, Engine], levels: Sequence[int], answer: int, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """results/NAME.bench.json of a cell, as `sweep --bench` writes it (halfbyte.experiments.bench_cells)."""
+    base = engines[""]
+    mine = next(engine for engine in engines.values() if row["name"] in engine.facts["cells"])
+    points = []
+    for level in levels:
+        ours, theirs = (rates(engine, level, answer) for engine in (mine, base))
+        gain = ratio_interval(ours, theirs) if ours and theirs else None
+        sides = {"baseline": side(theirs, base), "model": side(ours, mine)}
+        points.append({"concurrency": level, **sides, "speedup": gain})
+    first = points[0]
+    rate = first["model"]["output_tokens_per_second"]
+    return {
+        "schema": 1,
+        "kind": "bench-cell",
+        "cell": row["name"],
+        **facts,
+        **first["model"],
+        "tokens_per_second": rate and rate["value"],
+        "speedup": first["speedup"],
+        "points": points,
+        "measured_as": mine.name,
+        "kernels": list(mine.logged().kernels),
+        "work": row.get("work"),
+    }
+
+
+def rates(engine: Engine, level: int, answer: int) -> list[float]:
+    """Tokens written a second, all sequences together, of each repeat."""
+    return [level * answer / seconds for seconds in engine.seconds.get(f"c{level}", [])]
+
+
+def side(found: Sequence[float], engine: Engine) -> dict[str, Any]:
+    return {
+        "status": "ok" if found else "failed",
+        "reason": "" if found else engine.reason or engine.status,
+        "output_tokens_per_second": median_interval(list(found)) if found else None,
+    }
+
+
+def report(source: Path, args: argparse.Namespace, speeds: Mapping[str, Any], seconds: float) -> str:
+    """The sweep's Markdown under the command that made it."""
+    any_speed = next(iter(speeds.values()), {})
+    shared = sorted({f"{name} as {bench['measured_as']}" for name, bench in speeds.items()})
+    head = [
+        f"# The strategy's matrix on {any_speed.get('hardware')}",
+        "",
+        "Made by this command, from a checkout, on a machine with the GPU and vLLM "
+        f"{any_speed.get('vllm')}, in {seconds:.0f} s:",
+        "",
+        "```bash",
+        "python benchmarks/gpu/matrix.py " + shlex.join(sys.argv[1:]),
+        "```",
+        "",
+        f"tokens/s: offline generation in vLLM, {args.tokens.replace(',', ' tokens in and ')} out, all sequences "
+        f"started at once, {args.repeats} repeats, KV cache of 16 bits. Cells that vLLM serves alike share a "
+        f"measurement: {', '.join(shared)}.",
+        "",
+        *table_speeds(speeds),
+        "",
+    ]
+    return "\n".join(head) + "\n" + source.read_text(encoding="utf-8")
+
+
+def table_speeds(speeds: Mapping[str, Any]) -> list[str]:
+    """tokens/s and times BF16 at each concurrency."""
+    first = next(iter(speeds.values()), None)
+    if first is None:
+        return []
+    levels = [point["concurrency"] for point in first["points"]]
+    rows = [["BF16", "", *(rate_words(point["baseline"], None) for point in first["points"])]]
+    for name, bench in speeds.items():
+        cells = [rate_words(point["model"], point["speedup"]) for point in bench["points"]]
+        rows.append([name, ", ".join(bench["kernels"]) or "not named", *cells])
+    return markdown(["cell", "kernel", *(f"tokens/s at {level}" for level in levels)], rows)
+
+
+def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
+    rate = entry["output_tokens_per_second"]
+    if rate is None:
+        return f"{entry['status']}: {entry['reason'][:60]}"
+    return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
+
+
+def table(result: Mapping[str, Any], speeds: Mapping[str, Any]) -> list[str]:
+    """Quality and speed of every cell."""
+    rows = []
+    for row in result["cells"]:
+        if row["status"] != "judged":
+            rows.append([row["name"], row["status"], row["reason"], "", "", ""])
+            continue
+        metrics, bench = row["eval"]["metrics"], speeds.get(row["name"])
+        cells = [rate_words(p["model"], p["speedup"]) for p in bench["points"]] if bench else []
+        gain = f"{metrics['ppl_ratio']['value'] - 1:+.1%}"
+        rows.append([row["name"], str(row["rank"]), f"{metrics['kl_mean']['value']:.4f}", gain, "; ".join(cells)])
+    return markdown(["cell", "rank", "KL", "perplexity", "tokens/s (times BF16)"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Makes the artifact of kept blocks: shards and their index, tokenizer, configs, recipe, and the manifest last.
+
+What it writes is there already or written anew: it can be killed at any moment and begun again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
+from halfbyte.artifact.fingerprint import sealed, tensor_digest
+from halfbyte.artifact.manifest import git_commit, versions
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import TEMPORARY, in_threads, write_atomically, write_json, write_tensors, write_text
+from halfbyte.formats import Format
+from halfbyte.models import Checkpoint, family_of, hash_file
+from halfbyte.models.checkpoint import read_header
+from halfbyte.plan.layers import LinearPlan
+from halfbyte.recipe.schema import Recipe
+
+COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+
+
+class Assembly:
+    """One artifact in the making. parts: the files that a writer keeps, each some tensors and a note."""
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        plans: Sequence[LinearPlan],
+        form: Format,
+        parts: Sequence[Path],
+    ):
+        self.directory, self.checkpoint, self.recipe, self.plans = directory, checkpoint, recipe, plans
+        self.format, self.parts = form, parts
+        self._tuning: dict[str, Any] | None = None
+        self._experts: dict[str, Any] = {}
+
+    def write(self, work: str, facts: dict[str, Any], shard_bytes: int) -> dict[str, Any]:
+        """Write everything, the manifest last; returns it.
+
+        work          its id (halfbyte.engine.work_id)
+        facts         go into the manifest; their `versions` and `notices` join those that are known here
+        shard_bytes   the largest shard; one is held in memory while it is written
+        """
+        linears, solving, notices = self._reports()
+        tensors = self._write_shards(shard_bytes)
+        self._copy_files()
+        schemes = {p.name: p.scheme for p in self.plans}
+        producer = {"name": "halfbyte", "version": str(versions()["halfbyte"])}
+        quantization = self.format.config(schemes, {p.name: p.fused for p in self.plans}, producer=producer)
+        for name, value in self.format.extra_files(quantization).items():
+            write_json(self.directory / name, value)
+        write_text(self.directory / "recipe.yaml", yaml.safe_dump(self.recipe.identity(), sort_keys=False))
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "_model_name_or_path"} | _dense(
+            self.checkpoint
+        )
+        write_json(self.directory / "config.json", {**config, "quantization_config": quantization})
+        manifest = {
+            "schema": 1,
+            "kind": "manifest",
+            "work": work,
+            **facts,
+            "recipe": self.recipe.identity(),
+            "versions": versions() | facts.get("versions", {}),
+            "git": git_commit(),
+            "solving_seconds": round(solving, 3),
+            "notices": [*facts.get("notices", []), *notices],
+            "tuning": self._tuning,
+            "experts": self._experts or None,
+            **self._sizes(linears),
+            "linears": linears,
+            "tensors": tensors,
+            "files": self._hashes(),
+        }
+        manifest = sealed(manifest)
+        write_json(self.directory / MANIFEST, manifest)
+        return manifest
+
+    def _reports(self) -> tuple[dict[str, Any], float, list[str]]:
+        """Every linear's report (BF16 ones with scheme null and the reason), the seconds spent solving, notices."""
+        found: dict[str, Any] = {}
+        seconds, notices = 0.0, list[str]()
+        for file in self.parts:
+            note = note_of(file)
+            found |= note["linears"]
+            self._tuning = note.get("tuning", self._tuning)
+            self._experts |= note.get("experts", {})
+            seconds += note["seconds"]
+            notices += note["notices"]
+        rows = {}
+        for plan in self.plans:
+            shape = {"out_features": plan.out_features, "in_features": plan.in_features, "kind": plan.kind}
+            if plan.scheme is None:
+                rows[plan.name] = {"scheme": None, "reason": plan.reason, **shape}
+            elif plan.name in found:
+                rows[plan.name] = {**found[plan.name], **shape}
+            else:
+                raise HalfbyteError(f"{plan.name} was not quantized: run the same command again")
+        return rows, seconds, notices
+
+    def _pieces(self) -> Iterator[tuple[str, int, Path]]:
+        """(tensor name, bytes, file) of every tensor of the artifact, in the source model's order of names."""
+        kept = {n: i for f in self.parts for n, i in read_header(f).items()}
+        replaced = {f"{p.name}.weight" for p in self.plans if p.scheme is not None}
+        names = set(kept) | (set(self.checkpoint.tensors) - replaced)
+        for name in sorted(names, key=_natural):
+            info = kept.get(name) or self.checkpoint.tensors[name]
+            yield name, info.nbytes, info.file
+
+    def _write_shards(self, shard_bytes: int) -> dict[str, str]:
+        """Write the weight files and their index; returns every tensor's digest by name."""
+        shards: list[list[tuple[str, int, Path]]] = [[]]
+        for piece in self._pieces():
+            if shards[-1] and sum(p[1] for p in shards[-1]) + piece[1] > shard_bytes:
+                shards.append([])
+            shards[-1].append(piece)
+        for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
+            stale.unlink(missing_ok=True)
+        places: dict[str, str] = {}
+        digests: dict[str, str] = {}
+        for number, pieces in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, torch.Tensor] = {}
+            for file in dict.fromkeys(p[2] for p in pieces):
+                with safe_open(file, framework="pt") as handle:
+                    tensors |= {p[0]: handle.get_tensor(p[0]) for p in pieces if p[2] == file}
+            write_tensors(self.directory / name, {p[0]: tensors[p[0]] for p in pieces})
+            places |= {p[0]: name for p in pieces}
+            names = [p[0] for p in pieces]
+            digests |= zip(names, in_threads(tensor_digest, [tensors[n] for n in names]))
+        if len(shards) > 1:
+            total = sum(p[1] for pieces in shards for p in pieces)
+            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        return digests
+
+    def _copy_files(self) -> None:
+        extras = [self.checkpoint.path / name for name in COPIED]
+        for file in [*self.checkpoint.tokenizer_files(), *extras]:
+            if file.is_file():
+                self.checkpoint.own(file)
+                write_atomically(self.directory / file.name, partial(shutil.copyfile, file))
+
+    def _sizes(self, linears: dict[str, Any]) -> dict[str, Any]:
+        header = {n: i for f in self.directory.glob("*.safetensors") for n, i in read_header(f).items()}
+        quantized = {n: row for n, row in linears.items() if row["scheme"] is not None}
+        weights = sum(row["out_features"] * row["in_features"] for row in quantized.values())
+        owned = sum(
+            i.nbytes for n, i in header.items() if n.rpartition(".")[0] in quantized and not n.endswith(".bias")
+        )
+        return {
+            "bytes": sum(i.nbytes for i in header.values()),
+            "bytes_bf16": self.checkpoint.total_bytes,
+            "bits_per_weight": 8 * owned / weights if weights else None,
+        }
+
+    def _hashes(self) -> dict[str, Any]:
+        skip = {MANIFEST, "README.md"}
+        files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
+        files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
+        return {p.name: {"sha256": h, "bytes": p.stat().st_size} for p, h in zip(files, in_threads(hash_file, files))}
+
+
+def _dense(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The dense blocks of a mixture, by number: where only a step names them, vLLM does not take their gate_up_proj for
+    fused, and so not for quantized."""
+    family = family_of(checkpoint.config)
+    dense = [i for i in range(family.num_blocks) if i not in family.sparse]
+    return {"mlp_only_layers": dense} if family.sparse and dense else {}
+
+
+def note_of(file: Path) -> dict[str, Any]:
+    """What `emit` wrote beside a block's tensors."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            note: dict[str, Any] = json.loads(handle.metadata()["halfbyte"])
+            return note
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise HalfbyteError(f"{file} is damaged: delete it and run the same command again") from error
+
+
+def _natural(name: str) -> list[Any]:
+    """model.layers.2 before model.layers.10; typed so that numbers and words never meet."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,0 +1,297 @@
+"""The pure parts of benchmarks/gpu: emulated inputs, packed random models, rounds of engines, evidence by KV cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.gpu import everything, matrix, served, serving
+from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
+from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
+from benchmarks.gpu.shapes import packed_model
+from halfbyte.artifact import load_fake_quantized
+from halfbyte.errors import UsageError
+from halfbyte.formats import detect_format
+from halfbyte.plan import choose
+from halfbyte.platforms import load_platform
+from halfbyte.platforms.evidence import read_table
+from halfbyte.recipe.loader import recipe_from_mapping
+from halfbyte.serving import VllmInstall, serve_command
+from halfbyte.types import Scheme
+
+
+def fp4_slowly(x: list[float], input_scale: float) -> list[float]:
+    """One block of NVFP4 inputs, a number at a time."""
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    step = float(torch.tensor(max(map(abs, x)) / (6 * input_scale)).to(torch.float8_e4m3fn)) * input_scale
+    return [step * min(grid, key=lambda v: abs(abs(a) / step - v)) * (1 if a > 0 else -1) for a in x]
+
+
+def test_inputs_are_rounded_as_the_formats_say() -> None:
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    got = fp4_inputs(0.001)(x)
+    for row, mine in zip(x, got):
+        want = fp4_slowly(row[:16].tolist(), 0.001) + fp4_slowly(row[16:].tolist(), 0.001)
+        assert mine.tolist() == pytest.approx(want, rel=1e-6)
+    assert torch.equal(fp4_inputs(1.0)(torch.zeros(1, 16)), torch.zeros(1, 16))
+    eight = fp8_inputs(x)
+    assert (eight - x).abs().max() <= x.abs().max() / 16 and not torch.equal(eight, x)
+    assert eight.abs().amax(-1).tolist() == pytest.approx(x.abs().amax(-1).tolist(), rel=1e-6)
+
+
+def test_emulation_holds_only_while_it_is_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 4, bias=False))
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    plain = model(x)
+    with emulated(model, {"0": fp8_inputs}):
+        assert torch.equal(model(x), torch.nn.functional.linear(fp8_inputs(x), model[0].weight))
+    assert torch.equal(model(x), plain)
+
+
+def test_the_verdict_wants_a_clear_difference() -> None:
+    assert distance([[None, -1.0, -2.0]], [[None, -1.5, -2.0]]) == 0.25
+    assert verdict({"16-bit": 0.01, "FP8": 0.03, "NVFP4": 0.2}) == "16-bit"
+    assert verdict({"16-bit": 0.02, "FP8": 0.03, "NVFP4": 0.2}) == "not told (16-bit is nearest)"
+
+
+@pytest.mark.parametrize("name", list(serving.PACKINGS))
+def test_a_packed_random_model_is_whole_and_as_large_as_a_trained_one(tmp_path: Path, name: str) -> None:
+    packing = serving.PACKINGS[name]
+    directory = packed_model(tmp_path / name, "random:tiny", packing)
+    declared = json.loads((directory / "config.json").read_text())["quantization_config"]
+    linears = ["model.layers.0.mlp.down_proj", "lm_head"]
+    assert detect_format(declared).parse(declared, linears) == {
+        linears[0]: Scheme(packing.grid, packing.group_size),
+        "lm_head": None,
+    }
+    weights = load_fake_quantized(directory).state_dict()
+    for linear in (name for name in weights if "_proj" in name):
+        width = weights[linear].shape[1]
+        assert float(weights[linear].float().std()) == pytest.approx(width**-0.5, rel=0.2)
+        assert not (weights[linear] == 0).all(dim=1).any()
+
+
+def engine(name: str, gib: float) -> Engine:
+    return Engine(name, Path(name), (), gib)
+
+
+def test_rounds_fill_cards_in_order() -> None:
+    engines = [engine("a", 6), engine("b", 3), engine("c", 3), engine("d", 20), engine("e", 1)]
+    named = [[[e.name for e in lane] for lane in lanes] for lanes in rounds(engines, 2, 10, 4)]
+    assert named == [[["a", "b"], ["c"]], [["d"], ["e"]]]
+    assert [[e.name for e in lanes[0]] for lanes in rounds(engines[:3], 1, 100, 2)] == [["a", "b"], ["c"]]
+
+
+def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"ready": 1}\n{"point": "c1", "sec')
+    assert read_lines(file) == [{"ready": 1}]
+
+
+SECONDS = {"bf16": 1.0, "gptq": 0.7, "nvfp4-humming": 0.5, "nvfp4-marlin": 0.8}
+
+
+def timed(tmp_path: Path) -> Path:
+    """An evidence file as serving.py writes it: NVFP4 is fastest in Humming with 16 bits, in Marlin with FP8."""
+    args = serving.parse(["-o", str(tmp_path), "--levels", "1,64", "--configs", *SECONDS])
+    platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
+    points, levels = serving.points_of(args)
+    configs = serving.chosen(serving.configs_of(platform, "0.26.0"), args.configs)
+    engines = [
+        serving.engine_of(name, *choice, kv, tmp_path, config, points)
+        for kv in ("auto", "fp8")
+        for name, choice in configs.items()
+    ]
+    install = VllmInstall(Path("vllm"), "0.26.0", Path("python"))
+    for one in engines:
+        fast = 0.4 if one.name == "nvfp4-marlin-fp8" else SECONDS[one.facts["config"]]
+        one.status, one.seconds = "ok", {p["name"]: [fast, fast, 9.0] for p in points}
+        one.log = tmp_path / f"{one.name}.log"
+        kernel = "HummingNvFp4LinearKernel" if "humming" in one.name else "MarlinNvFp4LinearKernel"
+        kernel = "MacheteLinearKernel" if one.facts["model"] == "gptq" else kernel
+        one.log.write_text(f"Using {kernel} for X GEMM\nModel loading took 5.5 GiB and 2.0 seconds\n")
+    result = serving.gathered(args, engines, platform, install, config, levels)
+    assert [row["kernel"] for row in result["rows"][:4]] == ["BF16", "Machete", "Humming", "Marlin"]
+    file = tmp_path / "evidence.json"
+    file.write_text(json.dumps(result["evidence"]))
+    return file
+
+
+def test_every_kernel_that_the_platform_names_is_timed() -> None:
+    h100 = load_platform("h100")
+    new, old = (serving.configs_of(h100, version) for version in ("0.32.0", "0.26.0"))
+    assert new["gptq-marlin"] == ("gptq", ("--linear-backend", "marlin"))
+    assert new["nvfp4-marlin"] == ("nvfp4", ("--linear-backend", "marlin")) and old["nvfp4-marlin"] == ("nvfp4", ())
+    assert list(old) == ["bf16", "gptq", "nvfp4-humming", "awq", "nvfp4-marlin"] == list(new)[:5]
+    assert list(serving.configs_of(load_platform("cpu"), "0.32.0")) == ["bf16", "gptq", "awq"]
+    with pytest.raises(UsageError, match="no configuration gptq-machete"):
+        serving.chosen(old, ["gptq-machete"])
+
+
+def test_a_row_that_was_cut_short_is_no_evidence() -> None:
+    base = {"model": "bf16", "kv": "auto", "kernel": "BF16", "backend": {}, "weights_gib": 2.0}
+    rows = [{**base, "seconds": {"c1": [1.0], "c4": [2.0]}}]
+    rows += [{**base, "model": "gptq", "kernel": "a", "seconds": {"c1": [0.5, 0.7, 0.5], "c4": [1.0]}}]
+    rows += [{**base, "model": "awq", "kernel": "b", "seconds": {"c4": [1.5]}}]
+    result = {"rows": rows, "levels": [1, 4, 16], "model": "random:8b", "platform": "h100", "hardware": "", "holds": {}}
+    result |= {"vllm": "0.26.0", "prompt_tokens": 8, "output_tokens": 8, "prefill": None, "repeats": 3}
+    table = serving.evidence(result, serving.shape_config("random:8b", None))
+    assert table and [(r["kernel"], r["seconds"]) for r in table["rows"]] == [
+        ("BF16", {"1": 1.0, "4": 2.0}),
+        ("a", {"1": 0.5, "4": 1.0}),
+    ]
+
+
+def artifact(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (directory / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return directory
+
+
+def test_serve_takes_the_kernel_that_was_fastest_with_its_kv_cache(tmp_path: Path) -> None:
+    platform = load_platform("h100", [timed(tmp_path)])
+    model = artifact(tmp_path)
+    eight = serve_command(model, "modelopt", platform, concurrency=64)
+    assert eight.value("--kv-cache-dtype") == "fp8" and eight.value("--linear-backend") is None
+    assert "Marlin, FP8 KV cache: 2.50x the speed of BF16 at concurrency 64" in " ".join(eight.notes)
+    sixteen = serve_command(model, "modelopt", platform, concurrency=64, extra=("--kv-cache-dtype", "auto"))
+    assert sixteen.value("--kv-cache-dtype") == "auto" and sixteen.value("--linear-backend") == "humming"
+    assert "kernel Humming: 2.00x the speed of BF16" in " ".join(sixteen.notes)
+
+
+def test_the_table_of_a_timing_is_evidence_for_the_versions_that_choose_alike(tmp_path: Path) -> None:
+    table = read_table(timed(tmp_path))
+    assert (table.since, table.before) == ("0.26.0", "0.32.0")
+    assert table.baseline.kernel == "BF16" and not table.baseline.flags
+    assert table.model.parameters == 8_030_261_248
+    assert [row.kernel for row in table.rows_for("modelopt", "W4A16_NVFP4", "auto")] == ["Marlin"]
+
+
+def test_every_case_names_an_artifact_that_can_be_made() -> None:
+    plan = yaml.safe_load(served.PLAN.read_text())
+    made = {**plan["artifacts"], **plan["heads"]}
+    for name, recipe in made.items():
+        recipe_from_mapping({**plan["defaults"], **recipe}, name)
+    cases = served.cases_of(plan, None)
+    named = [case.name for case in cases]
+    for case in cases:
+        assert case.artifact is None or case.artifact in made
+        assert case.against is None or named.index(case.against) < named.index(case.name)
+    assert set(made) == {case.artifact for case in cases if case.artifact}
+
+
+def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None:
+    packing = serving.PACKINGS["gptq"]
+    one, other = (packed_model(tmp_path / n, "random:tiny", packing) for n in ("one", "other"))
+    third = packed_model(tmp_path / "third", "random:tiny", serving.PACKINGS["awq"])
+    assert matrix.served_as(one) == matrix.served_as(other) != matrix.served_as(third)
+
+
+def test_steps_share_what_time_is_left() -> None:
+    assert everything.share(450, ["served", "matrix", "serving"]) == 150
+    assert everything.share(300, ["serving"]) == 300
+
+
+def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path) -> None:
+    words = ["smollm2-135m", "--calibration", "cal", "--text", "t.txt", "-o", str(tmp_path), "--gpus", "0,1"]
+    args = everything.parse([*words, "--work", str(tmp_path / "work")])
+    for step, script in (("served", served), ("matrix", matrix), ("serving", serving)):
+        parsed = script.parse(everything.words_of(step, args, 99.5)[1:])
+        assert (parsed.gpus, parsed.seconds, parsed.output) == ("0,1", 100.0, tmp_path / "work" / step)
+
+
+STAND_IN = """
+import sys, time
+
+class Answer:
+    def __init__(self, count):
+        self.outputs = [self]
+        self.token_ids = [7] * count
+
+class LLM:
+    @classmethod
+    def from_engine_args(cls, words):
+        print("Using FakeLinearKernel for Fake", flush=True)
+        if "broken" in words[1]:
+            raise ValueError("no such kernel")
+        return cls()
+
+    def generate(self, prompts, sampling, use_tqdm):
+        time.sleep(0.01)
+        return [Answer(sampling["max_tokens"]) for _ in prompts]
+
+def SamplingParams(**words):
+    return words
+
+class EngineArgs:
+    add_cli_args = staticmethod(lambda parser: parser)
+    from_cli_args = staticmethod(lambda words: words)
+
+class FlexibleArgumentParser:
+    def parse_args(self, words):
+        return words
+"""
+
+
+@pytest.fixture
+def engine_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmInstall:
+    """A vLLM package that answers at once, and does not load what is called broken."""
+    for name in ("vllm", "vllm/engine", "vllm/utils"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("")
+    (tmp_path / "site/vllm/__init__.py").write_text(STAND_IN)
+    (tmp_path / "site/vllm/engine/arg_utils.py").write_text("from vllm import EngineArgs\n")
+    (tmp_path / "site/vllm/utils/argparse_utils.py").write_text("from vllm import FlexibleArgumentParser\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return VllmInstall(Path(sys.executable), "0.32.0", Path(sys.executable))
+
+
+def test_engines_load_together_and_one_that_does_not_is_a_row(tmp_path: Path, engine_program: VllmInstall) -> None:
+    engines = [engine("one", 1), engine("broken", 1), engine("two", 1)]
+    points = [{"name": "c2", "prompts": 2, "input": 4, "output": 3}]
+    written: list[str] = []
+    run_engines(
+        engines,
+        Work(points, 2, 100),
+        engine_program,
+        tmp_path,
+        [""],
+        gib=10,
+        abreast=3,
+        after=lambda: written.append(",".join(e.status for e in engines)),
+    )
+    assert [e.status for e in engines] == ["ok", "failed", "ok"]
+    assert engines[1].reason == "ValueError: no such kernel" and "no such kernel" in engines[1].result()["log"]
+    assert all(len(e.seconds["c2"]) == 2 and min(e.seconds["c2"]) >= 0.01 for e in (engines[0], engines[2]))
+    assert engines[0].result()["kernels"] == ["FakeLinearKernel"]
+    assert written[0] == "ok,failed,not run"
+
+
+def test_the_matrix_ranks_by_what_was_timed(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "find_vllm", lambda named: engine_program)
+    report = tmp_path / "report.md"
+    args = matrix.parse(["--dry", "-o", str(tmp_path / "out"), "--report", str(report)])
+    result, speeds = matrix.run(args)
+    assert [cell["status"] for cell in result["cells"]] == ["judged", "judged"]
+    for cell in result["cells"]:
+        assert cell["tokens_per_second"] == speeds[cell["name"]]["tokens_per_second"] > 0
+        assert speeds[cell["name"]]["speedup"]["low"] <= speeds[cell["name"]]["speedup"]["value"]
+    assert "| BF16 |" in report.read_text() and "tokens/s at 2" in report.read_text()
+
+
+def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:
+    """FP8, the H100's own: NVFP4 in Marlin (0.4 s) is faster than GPTQ (0.7) and needs no flag."""
+    decision = choose([128], [load_platform("h100", [timed(tmp_path)])], [64])
+    assert decision.recipe.method == "nvfp4" and decision.recipe.activations == "bf16"
+    words = " ".join(reason.text for reason in decision.reasons)
+    assert "linear-backend" not in words and "kv-cache-dtype fp8 (" not in words
