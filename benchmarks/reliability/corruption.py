@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.reliability.faults import KINDS, MANIFEST, Kind, NotHere, Scene, reseal
+from benchmarks.reliability.faults import KINDS, Kind
 from benchmarks.reliability.samples import Sample, draw
+from benchmarks.reliability.scene import MANIFEST, NotHere, Scene, reseal
 from halfbyte.artifact import check_artifact
 
 

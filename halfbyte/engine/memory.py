@@ -6,7 +6,7 @@ Everything is worked out from headers, in bytes, for the block that takes most:
     statistics   4 I^2 for each Gram matrix, which stays until the block is solved; in a mixture, the experts' inputs
     a forward    what the block's own steps hold of one batch, and the inputs in float32 that are squared and summed
     a solve      a Hessian's factor and what making it takes (WIDE: in place), half a Gram matrix in 16 bits, the rows
-                 in work in float32, the codes and their packed form
+                 in work in float32, the codes and their packed form; factors stay for the recipes that come after
 
 All of that stays in memory; the hidden states between blocks take what is left, and go to disk beyond it. Where not
 even the rest is left, batches are made smaller, down to one sequence: other batches round sums otherwise, so this is
@@ -32,12 +32,12 @@ from halfbyte.engine.importance import BATCH, TOKENS
 from halfbyte.engine.solving import Job
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint, Family, family_of
+from halfbyte.plan.text import human_size
 
 SHARE = 0.8
 """Of the memory that is free, without a limit from the user."""
 SLACK = 96 << 20
 """Bytes that a process takes beside what is counted: what libraries of linear algebra pack matrices into, mostly."""
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,22 @@ class Need:
 
     def __str__(self) -> str:
         parts = (("block", self.weights), ("statistics", self.statistics))
-        words = [f"{size / GIB:.2f} GiB {name}" for name, size in parts]
-        return ", ".join([*words, f"{max(self.forward, self.solve) / GIB:.2f} GiB to run and solve it"])
+        words = [f"{human_size(size)} {name}" for name, size in parts]
+        return ", ".join([*words, f"{human_size(max(self.forward, self.solve))} to run and solve it"])
 
 
-def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens: int, data: bool = True) -> Need:
-    """What a pass takes: `tokens` of calibration in all, `batch_tokens` at a time; without `data`, data-free."""
+def need(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    tokens: int,
+    batch_tokens: int,
+    data: bool = True,
+    thrifty: bool = True,
+) -> Need:
+    """What a pass takes: `tokens` of calibration in all, `batch_tokens` at a time; without `data`, data-free.
+
+    thrifty    whether large linears are solved in the ways that save memory, as on a CPU
+    """
     family = family_of(checkpoint.config)
     linears = {name for job in jobs for name in job.schemes}
     waiting = [i for i in range(family.num_blocks) if any(not job.done(i) for job in jobs)] or [0]
@@ -73,7 +83,7 @@ def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens:
     awq = any(j.recipe.scaling == "awq" for j in jobs)
     statistics = solve = forward = 0
     for index, tensors in zip(waiting, shapes):
-        summed, scaled, work, outputs, widest = 0, 0, 0, 0, 0
+        summed, scaled, work, outputs, widest, largest = 0, 0, 0, 0, 0, 0
         for group in family.groups_of(index):
             if f"{family.block(index)}.{group.names[0]}" not in linears:
                 continue
@@ -84,10 +94,13 @@ def need(checkpoint: Checkpoint, jobs: Sequence[Job], tokens: int, batch_tokens:
             scaled += square if awq and group.expert is None else 0
             outputs += 2 * count
             widest = max(widest, width)
-            work = max(work, _solve(width, count, square, awq) + (3 * square if group.expert is not None else 0))
+            largest = max(largest, square if group.expert is None else 0)
+            work = max(
+                work, _solve(width, count, square, awq, thrifty) + (3 * square if group.expert is not None else 0)
+            )
         kept = 2 * tokens * family.hidden_size if family.mixture(index) and data else 0
         statistics = max(statistics, summed + kept)
-        solve = max(solve, work + scaled + outputs)
+        solve = max(solve, work + scaled + outputs + summed - largest)
         forward = max(forward, _forward(checkpoint, family, widest, batch_tokens, gram) if data else 0)
     if data:
         head = 0 if family.tied else 2 * checkpoint.config["vocab_size"] * family.hidden_size
@@ -111,10 +124,10 @@ def _block(checkpoint: Checkpoint, family: Family, index: int):  # type: ignore[
             yield name.removeprefix(prefix), (info.shape, 2 * count + (info.nbytes if info.dtype != "BF16" else 0))
 
 
-def _solve(width: int, count: int, square: int, awq: bool) -> int:
+def _solve(width: int, count: int, square: int, awq: bool, thrifty: bool) -> int:
     """Bytes of solving one group of `count` weights with inputs of `width`."""
-    rows = min(count, PIECE) if count > LARGE else count
-    factor = square * (1 if width > WIDE else 4)
+    rows = min(count, PIECE) if thrifty and count > LARGE else count
+    factor = square * (1 if thrifty and width > WIDE else 4)
     return factor + square // 2 + 4 * rows * 7 + (4 * count * 3 if awq else 0)
 
 
@@ -193,13 +206,13 @@ def fit(
         wanted = need(checkpoint, jobs, tokens, batch_tokens, sequences is not None)
     notice = ""
     if wanted.total > limit:
-        least = f"it needs some {wanted.total / GIB:.2f} GiB ({wanted})"
+        least = f"it needs some {human_size(wanted.total)} ({wanted})"
         if stated:
-            raise HalfbyteError(f"--memory of {limit / GIB:.2f} GiB is too little for this model and recipe: {least}")
-        notice = f"{limit / GIB:.1f} GiB of memory are free to use, which may be too little for this model: {least}"
+            raise HalfbyteError(f"--memory of {human_size(limit)} is too little for this model and recipe: {least}")
+        notice = f"{human_size(limit)} of memory is free to use, which may be too little for this model: {least}"
     elif batch_tokens < asked:
         notice = (
-            f"batches of {batch_tokens:,} tokens, not {asked:,}, to stay within {limit / GIB:.2f} GiB: sums may be "
+            f"batches of {batch_tokens:,} tokens, not {asked:,}, to stay within {human_size(limit)}: sums may be "
             "rounded otherwise"
         )
     left = max(0, limit - wanted.total)
@@ -218,5 +231,5 @@ def _on_gpu(
 ) -> Room:
     """There the host holds hidden states alone, page-locked; the card holds them as far as a pass leaves it room."""
     free, _ = torch.cuda.mem_get_info(device)
-    takes = need(checkpoint, jobs, tokens, batch_tokens)
+    takes = need(checkpoint, jobs, tokens, batch_tokens, thrifty=False)
     return Room(max(0, int(SHARE * free) - 2 * takes.weights - takes.total), limit, scratch)

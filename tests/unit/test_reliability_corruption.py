@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import corruption
-from benchmarks.reliability.faults import KINDS, Kind, Scene, reseal
+from benchmarks.reliability.faults import KINDS, Kind
 from benchmarks.reliability.samples import SORTS, Sample, make_sample
+from benchmarks.reliability.scene import Scene, reseal
 from halfbyte.artifact import check_artifact
 
 

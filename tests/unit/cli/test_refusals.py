@@ -194,3 +194,16 @@ def test_ctrl_c_and_no_memory_are_one_line(error: Any, refused: Any, monkeypatch
 
     monkeypatch.setattr("halfbyte.recipe.list_presets", fail)
     assert ("interrupted" if error is KeyboardInterrupt else "out of memory") in refused(1, "ls", "recipes")
+
+
+def test_too_little_memory(refused: Any, tmp_path: Path, model: Path, calibration: Path) -> None:
+    words = ["-r", "B3", "--calibration", calibration, "-o", tmp_path / "out"]
+    line = refused(1, "quantize", model, *words, "--memory", "1MiB")
+    assert "--memory of 1.00 MiB is too little" in line and "it needs some" in line
+    for wrong in ("much", "12"):
+        assert "write bytes with their unit, such as 12GiB" in refused(2, "quantize", model, *words, "--memory", wrong)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Line {i} of a text with several words in it." for i in range(1600)))
+    run = ["run", model, "--on", "cpu", "-r", "B3", "--text", text, "-o", tmp_path / "run", "--memory", "1MiB"]
+    assert "is too little" in refused(1, *run)
+    assert not (tmp_path / "out").exists()
