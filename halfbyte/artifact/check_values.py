@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from halfbyte.algo import dequantize
 from halfbyte.artifact.check_files import Inventory
 from halfbyte.artifact.findings import Findings
-from halfbyte.artifact.fingerprint import tensor_digest, weight_fingerprint
+from halfbyte.artifact.fingerprint import fingerprint_holds, tensor_digest
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats import Format, scale_groups
 from halfbyte.models import TensorInfo
@@ -109,7 +109,7 @@ def _dequantized(
         return
     if not bool(torch.isfinite(weight).all()):
         findings.add("not-finite", module, "the dequantized weight holds NaN or infinity")
-    if entry.get("fingerprint") and weight_fingerprint(q) != entry["fingerprint"]:
+    if entry.get("fingerprint") and not fingerprint_holds(q, str(entry["fingerprint"])):
         findings.add("dequantize", module, "the weight does not dequantize to what the quantizer chose")
     if isinstance(was, dict) and q.grid == "nvfp4" and not _shares_blocks(q, was.get("group_size")):
         findings.add("sharing", module, f"blocks of one group of {was['group_size']} have different scales")

@@ -99,13 +99,17 @@ def run_words(directory: Path, result: dict[str, Any]) -> str:
 
 def ladder_lines(mitigation: dict[str, Any]) -> list[str]:
     """The steps of the mitigation ladder that were made, a line each."""
+    from halfbyte.experiments.gate_kinds import Gate, spell
     from halfbyte.experiments.mitigation import change_words
 
     lines = ["mitigation, step by step:"]
     for row in mitigation["ladder"]:
         cost = row["cost"]
         paid = f"{cost['seconds']:.0f} s, {cost['bytes_added'] / MIB:+.1f} MiB"
-        moved = [f"{name} {row['before'][name]:.4g} -> {new:.4g}" for name, new in row["after"].items()]
+        moved = []
+        for name, value in row["after"].items():
+            before, after = (spell(Gate(name, None).kind, x) for x in (row["before"][name], value))
+            moved.append(f"{name} {before} -> {after}")
         did = change_words(row["changes"]) or row["title"]
         lines.append(f"  {did}: {row['verdict']}" + (f" ({', '.join(moved)}; {paid})" if moved else ""))
     return lines

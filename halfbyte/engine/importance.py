@@ -31,6 +31,7 @@ from torch import nn
 
 from halfbyte.engine.activations import Room
 from halfbyte.engine.backprop import Tape, equal_lengths
+from halfbyte.engine.heap import trim
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.models import Family
 from halfbyte.types import LinearGroup, Progress, Quiet
@@ -137,6 +138,7 @@ def _powers(
         tape.kept.close()
         for key, power in watch.powers.items():
             powers.setdefault(key, []).append(power.cpu().view(ids.shape))
+        trim()
         progress.advance()
     return powers
 

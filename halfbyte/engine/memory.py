@@ -16,9 +16,7 @@ their files, and the system may take those pages back.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from halfbyte.algo.gptq import WIDE
 from halfbyte.algo.solve import LARGE, PIECE
 from halfbyte.engine.activations import Room
 from halfbyte.engine.backprop import PIECE as HEAD_TOKENS
+from halfbyte.engine.heap import return_at_once
 from halfbyte.engine.importance import BATCH, TOKENS
 from halfbyte.engine.solving import Job
 from halfbyte.errors import HalfbyteError
@@ -39,10 +38,6 @@ SHARE = 0.8
 """Of the memory that is free, without a limit from the user."""
 SLACK = 96 << 20
 """Bytes that a process takes beside what is counted: what libraries of linear algebra pack matrices into, mostly."""
-RETURNED = 1 << 20
-"""Under a limit, pieces of memory of so many bytes go back to the system as soon as they are free. The allocator would
-keep more and more of them: 90 MiB where tensors of 4 MiB came and went."""
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ def fit(
     Raises HalfbyteError where a limit of the user's is less than the least that the pass can do with.
     """
     if limit is not None:
-        _return_what_is_free()
+        return_at_once()
     stated, limit = limit is not None, int(SHARE * free_bytes()) if limit is None else limit
     tokens = sum(map(len, sequences or ()))
     if torch.device(device).type == "cuda":
@@ -223,12 +218,6 @@ def fit(
     left = max(0, limit - wanted.total)
     weighed = min(left // 2, 2 * min(tokens, max(batch_tokens, BATCH * TOKENS)) * _depth(checkpoint))
     return Fit(batch_tokens, Room(None, left - weighed, scratch), Room(None, weighed, scratch), notice)
-
-
-def _return_what_is_free() -> None:
-    """Tell the C library's allocator so; where it is not glibc's, it has no such knob."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED)
 
 
 def _on_gpu(

@@ -31,6 +31,7 @@ from torch import nn
 
 from halfbyte.algo import dequantize, get_grid
 from halfbyte.engine.backprop import call, equal_lengths
+from halfbyte.engine.heap import trim
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.models import Family
 from halfbyte.types import Progress, QuantizedLinear, Quiet
@@ -148,6 +149,7 @@ class Rounder:
             rounded = [call(block, x, k) for x, k in zip(rounded, kwargs)]
             self.skeleton.drop_block(index)
             self.progress.advance(note=note)
+            trim()
         return learned
 
     def _block(

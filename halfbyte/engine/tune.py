@@ -29,6 +29,7 @@ from halfbyte.algo import dequantize
 from halfbyte.algo.int4 import storable
 from halfbyte.algo.nvfp4 import e4m3
 from halfbyte.engine.backprop import Tape, equal_lengths
+from halfbyte.engine.heap import trim
 from halfbyte.engine.rounding import Block, Learning, Rounder, on_device
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.types import Progress, QuantizedLinear, Quiet
@@ -148,6 +149,7 @@ class Tuner:
             loss = self._step(ids)
             before = before or loss
             self.progress.advance(note=f"KL {loss:.4f}")
+            trim()
         if batches:
             after = self._forward(batches[0] if unseen is None else unseen)[2]
             self.progress.advance()

@@ -53,7 +53,7 @@ class Forecast:
         elif platform.capabilities.accelerator:
             reason = "an FP8 KV cache is experimental on this hardware: 16 bits until your build proves it"
         else:
-            reason = "no FP8 KV cache on this hardware: 16 bits"
+            reason = "what an FP8 KV cache would gain on a processor is not known: 16 bits"
         return {"platform": platform.name, "kv_cache_dtype": dtype, "reason": reason, "source": CONFIGURATION}
 
     def memory(self, platform: Platform, recipe: Recipe, linears: Sequence[Footprint]) -> dict[str, Any]:

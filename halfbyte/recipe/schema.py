@@ -88,9 +88,9 @@ class Recipe(_Strict):
     )
     tune: Literal["none", "auto", "light", "full"] | None = Field(
         default=None,
-        description="scales and norms trained against the BF16 logits, 16 small steps (light); the rounding learned block "
-        "by block, then two passes over the calibration text (full); auto: light for a model of at most 10^9 weights with "
-        "32,768 calibration tokens or more; unless said, auto with GPTQ rounding, full with effort max",
+        description="scales and norms trained against the BF16 logits, 16 small steps (light); the rounding learned "
+        "block by block, then two passes over the calibration text (full); auto: light for a model of at most 10^9 "
+        "weights with 32,768 calibration tokens or more; unless said, auto with GPTQ rounding, full with effort max",
     )
     propagate: bool = Field(
         default=False, description="collect statistics behind the quantized blocks instead of the BF16 ones"

@@ -15,6 +15,8 @@ from halfbyte.report.words import dig, listing, mapping, measure, number, plural
 Show = Callable[[Any], str]
 KEPT, GIVEN_UP = ("kept", "attention", "dot"), ("given up", "other", "triangle")
 """Name, colour and shape of a step's mark."""
+MANY = 4
+"""Names in a list beyond which they are counted: the section on bytes has them all."""
 NOTHING: Value = (None, None, None)
 
 
@@ -105,7 +107,8 @@ def _from_to(value: Any) -> str:
     if len(pair) != 2:
         return text(value)
     if all(isinstance(side, list) for side in pair):
-        return ", ".join(f"+{text(one)}" for one in pair[1] if one not in pair[0]) or "fewer"
+        more = [text(one) for one in pair[1] if one not in pair[0]]
+        return f"+{len(more)} linears" if len(more) > MANY else ", ".join(f"+{one}" for one in more) or "fewer"
     return f"{text(pair[0])} → {text(pair[1])}"
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfbyte.artifact import load_fake_quantized
 from halfbyte.artifact.check import check_artifact
 from halfbyte.errors import UsageError
+from halfbyte.formats import detect_format
 from halfbyte.types import Quiet
 from tests.handmade import make_artifact, reseal, save_shards, write
 from tests.tiny import FAMILIES, make_tiny
@@ -66,6 +68,39 @@ def test_sound_artifacts_pass(tmp_path: Path, kind: str, grid: str, group: int, 
     result = check_artifact(tmp_path, progress=Quiet())
     assert result["findings"] == [] and result["ok"]
     assert result["bytes"] > 100_000 and result["tensors"] > 20
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("gptq", "int4_sym"), ("awq", "int4_asym"), ("modelopt", "nvfp4")])
+def test_manifests_that_state_values_instead_of_codes_hold(tmp_path: Path, kind: str, grid: str) -> None:
+    """As the first manifests did: the SHA-256 of a linear's float32 values."""
+    import hashlib
+
+    make_artifact(tmp_path, kind, grid, 16 if grid == "nvfp4" else 32)
+    model = load_fake_quantized(tmp_path)
+
+    def older(manifest: dict) -> None:
+        for name, row in manifest["linears"].items():
+            if row.get("fingerprint"):
+                values = exact_values(tmp_path, name, kind)
+                assert torch.equal(values.bfloat16(), model.get_parameter(f"{name}.weight"))
+                row["fingerprint"] = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+    edit_json(tmp_path / "halfbyte.json", older)
+    assert check_artifact(tmp_path)["findings"] == []
+    edit_json(tmp_path / "halfbyte.json", lambda m: m["linears"][DOWN].update(fingerprint="codes:" + "0" * 64))
+    assert codes(tmp_path) == {"dequantize"}
+
+
+def exact_values(directory: Path, name: str, kind: str) -> torch.Tensor:
+    from halfbyte.algo import dequantize
+    from halfbyte.models import Checkpoint
+
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    kept_as = detect_format(config)
+    scheme = kept_as.parse(config, [name])[name]
+    assert scheme is not None
+    owned = {f"{name}.{n}": t for n, t in Checkpoint(directory).load_all(f"{name}.").items()}
+    return dequantize(kept_as.unpack(name, owned, scheme))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

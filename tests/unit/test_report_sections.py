@@ -112,6 +112,10 @@ def test_what_was_done_is_told_first_and_as_a_table(tmp_path: Path) -> None:
     (tmp_path / "mitigation.json").write_text(json.dumps(mitigation))
     text = build_report(tmp_path)[0].read_text()
     assert "ignore: +a.b" in text and "In the end: kept x" in text
+    mitigation["ladder"][0]["changes"]["ignore"][1] += [f"layer.{i}" for i in range(16)]  # type: ignore[index]
+    (tmp_path / "mitigation.json").write_text(json.dumps(mitigation))
+    text = build_report(tmp_path)[0].read_text()
+    assert "ignore: +17 linears" in text and "layer.3" not in text
 
 
 def test_the_ladder_is_drawn_towards_the_limits(tmp_path: Path) -> None:
