@@ -78,9 +78,9 @@ def factorize(H_II: torch.Tensor, damp: float, act_order: bool = True) -> Factor
         feedback = _unit_upper(H, in_place)
         if feedback is not None:
             return Factor(feedback, order, share)
-        share = share * 2 or 1e-3
-        if not _finite(H_II):
+        if share == damp and not _finite(H_II):
             raise ValueError("the Hessian is not finite")
+        share = share * 2 or 1e-3
     raise ValueError("no damping makes the Hessian positive definite in float32")
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from halfbyte.algo import dequantize
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats import columns, read_config
-from halfbyte.models import Checkpoint, family_of, refuse, unfuse
+from halfbyte.models import Checkpoint, family_of, refuse, set_parameter, unfuse
 from halfbyte.types import Scheme
 
 
@@ -44,10 +43,10 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
         tensors = {f"{name}.{leaf}": value for leaf, value in owned.items()}
         width = model.get_submodule(name).in_features
         stated = Scheme(scheme.grid, columns(scheme.group_size, width))
-        _set(model, f"{name}.weight", dequantize(form.unpack(name, tensors, stated)).to(device, dtype))
+        set_parameter(model, f"{name}.weight", dequantize(form.unpack(name, tensors, stated)).to(device, dtype))
     for name, _ in list(model.named_parameters()):
         if checkpoint.has(name) and model.get_parameter(name).is_meta:
-            _set(model, name, checkpoint.load(name).to(device, dtype))
+            set_parameter(model, name, checkpoint.load(name).to(device, dtype))
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -56,8 +55,3 @@ def load_fake_quantized(directory: Path | str, dtype: torch.dtype = torch.bfloat
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)  # it says where answers end
     return model.to(device).eval()
-
-
-def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

@@ -144,14 +144,11 @@ def _scale(
         group = groups.get(fold.kind)
         if group is None or (fold.linear and fold.linear not in weights):
             continue
-        repeat = (
-            (family.num_kv_heads, family.num_heads // family.num_kv_heads, family.head_dim) if fold.per_head else None
-        )
         size = schemes[prefix + group.names[0]].group_size
         key = ("scale", fold.kind, recipe.grid, size, recipe.effort)
         if key not in shared:
             originals = [weights[n] for n in group.names]
-            shared[key] = find_scale(originals, stats[fold.kind], grid, size, recipe.effort, repeat)
+            shared[key] = find_scale(originals, stats[fold.kind], grid, size, recipe.effort, family.repeat_of(fold))
         s = shared[key]
         if bool((s != 1).any()):
             found[fold.kind] = s
@@ -179,15 +176,13 @@ def _absorb(
     if fold.norm:
         offset = family.architecture.norm_offset
         old = tensors[f"{fold.norm}.weight"]
-        before = old.float() + offset
-        new = (before / s - offset).to(old.dtype)
-        after = new.float() + offset
-        usable = (after != 0) & (before != 0)
+        new = ((old.float() + offset) / s - offset).to(old.dtype)
+        absorbed, usable = norm_scale(old, new, offset)
         result.tensors[f"{prefix}{fold.norm}.weight"] = torch.where(usable, new, old)
-        return torch.where(usable, before / torch.where(usable, after, torch.ones_like(after)), torch.ones_like(s))
+        return absorbed
     weight = weights[fold.linear]
     rows = family.rows_of(fold, len(weight))
-    per_row = s.view(family.num_kv_heads, -1, family.head_dim)[:, 0].reshape(-1) if fold.per_head else s
+    per_row = family.rows_from(fold, s)
     weights[fold.linear] = weight.float().clone()
     weights[fold.linear][rows] /= per_row[:, None]
     bias = f"{fold.linear}.bias"
@@ -197,3 +192,14 @@ def _absorb(
         new[rows] /= per_row
         result.tensors[prefix + bias] = new.to(old.dtype)
     return s
+
+
+def norm_scale(old: torch.Tensor, new: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(by what a norm's weight was divided, float32; where it can have been). One where either weight is zero.
+
+    offset    what the norm adds to its weight
+    """
+    before, after = old.float() + offset, new.float() + offset
+    usable = (after != 0) & (before != 0)
+    one = torch.ones_like(after)
+    return torch.where(usable, before / torch.where(usable, after, one), one), usable

@@ -31,9 +31,10 @@ from torch import nn
 
 from halfbyte.algo import dequantize, get_grid
 from halfbyte.engine.backprop import call, equal_lengths
+from halfbyte.engine.block import norm_scale
 from halfbyte.engine.heap import trim
 from halfbyte.engine.skeleton import Skeleton
-from halfbyte.models import Family
+from halfbyte.models import Family, set_parameter
 from halfbyte.types import Progress, QuantizedLinear, Quiet
 
 Block = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
@@ -192,10 +193,7 @@ class Rounder:
         after = error()
         learned.errors.append((before, min(before, after)))
         if not after < before:
-            _install(
-                block,
-                {f"{n.removeprefix(prefix)}.weight": dequantize(on_device(q, device)) for n, q in linears.items()},
-            )
+            _install(block, {own: dequantize(weight.q) for own, weight in weights.items()})
             learned.changed.append(0.0)
             return "as it was"
         found = {f"{prefix}{own.removesuffix('.weight')}": on_device(w.result(), "cpu") for own, w in weights.items()}
@@ -235,9 +233,8 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def _install(block: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Give parameters (by name within the block) values."""
     for name, value in values.items():
-        owner, _, leaf = name.rpartition(".")
         old = block.get_parameter(name)
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
+        set_parameter(block, name, value.to(old.device, old.dtype))
 
 
 def on_device(q: QuantizedLinear, device: torch.device | str) -> QuantizedLinear:
@@ -267,8 +264,8 @@ def folded(
     for fold in folds:
         new = tensors.get(f"{prefix}{fold.norm}.weight")
         if fold.norm and new is not None:
-            before, after = originals[f"{fold.norm}.weight"].float() + offset, new.float() + offset
-            scale = torch.where((before != 0) & (after.to(before.device) != 0), before / after.to(before.device), 1.0)
+            old = originals[f"{fold.norm}.weight"]
+            scale, _ = norm_scale(old, new.to(old.device), offset)
             for name in groups[fold.kind].names:
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] * scale
     for fold in folds:
@@ -281,7 +278,7 @@ def folded(
             share_O = torch.where(share_O > 0, share_O, 1.0)
             weights[own] = weights[own].clone()
             weights[own][rows] = w * share_O[:, None]
-            scale = 1 / family.spread(fold, share_O)
+            scale = 1 / family.inputs_of(fold, share_O)
             for name in groups[fold.kind].names:
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] * scale
     return weights

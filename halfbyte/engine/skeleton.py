@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import Checkpoint, Family, family_of, unfuse
+from halfbyte.models import Checkpoint, Family, family_of, set_parameter, unfuse
 
 
 class Hidden(Protocol):
@@ -106,13 +106,11 @@ class Skeleton:
         if missing:
             raise HalfbyteError(f"{self.checkpoint.path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
         for name, _ in list(module.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
             wanted = module.get_parameter(name).shape
             if tensors[name].shape != wanted:
                 found = f"{list(tensors[name].shape)}, and config.json makes it {list(wanted)}"
                 raise HalfbyteError(f"{self.checkpoint.path}: {prefix}{name} is {found}: do they belong together?")
-            value = tensors[name].to(self.device, self.dtype)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            set_parameter(module, name, tensors[name].to(self.device, self.dtype))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm's output: what lm_head reads."""
@@ -160,9 +158,7 @@ class Skeleton:
         """Let go of a block's weights."""
         block = self.blocks[index]
         for name, parameter in list(block.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            empty = torch.empty_like(parameter, device="meta")
-            setattr(block.get_submodule(owner), leaf, nn.Parameter(empty, requires_grad=False))
+            set_parameter(block, name, torch.empty_like(parameter, device="meta"))
 
     @torch.no_grad()
     def embed(

@@ -3,6 +3,7 @@
 from halfbyte.models.checkpoint import Checkpoint, TensorInfo, hash_file
 from halfbyte.models.experts import Expert, Experts, refuse, unfuse
 from halfbyte.models.family import FAMILIES, Family, Fold, Mixture, family_of
+from halfbyte.models.parameters import set_parameter
 from halfbyte.models.source import cache_dir, hub_id, resolve_model
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "hub_id",
     "refuse",
     "resolve_model",
+    "set_parameter",
     "unfuse",
 ]

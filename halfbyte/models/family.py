@@ -181,12 +181,20 @@ class Family:
             return slice((self.num_heads + self.num_kv_heads) * self.head_dim, out_features)
         return slice(out_features // 2 if fold.part == "up" else 0, out_features)
 
-    def spread(self, fold: Fold, rows_O: torch.Tensor) -> torch.Tensor:
-        """What belongs to those rows (float [O]) for each input of the group whose inputs are scaled: float [I]."""
-        if not fold.per_head:
-            return rows_O
-        shape = (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
-        return rows_O.view(shape[0], 1, shape[2]).expand(shape).reshape(-1)
+    def repeat_of(self, fold: Fold) -> tuple[int, int, int] | None:
+        """(kv_heads, queries_per_kv, head_dim) of the scaled inputs where they are value heads repeated over the query
+        heads; None where each input comes from a row of its own."""
+        return (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim) if fold.per_head else None
+
+    def inputs_of(self, fold: Fold, rows_O: torch.Tensor) -> torch.Tensor:
+        """What belongs to the fold's rows (float [O]) for each input of the group that is scaled: float [I]."""
+        repeat = self.repeat_of(fold)
+        return rows_O if repeat is None else rows_O.view(repeat[0], 1, repeat[2]).expand(repeat).reshape(-1)
+
+    def rows_from(self, fold: Fold, inputs_I: torch.Tensor) -> torch.Tensor:
+        """The other way, for inputs that are alike where they are repeated: float [I] to float [O]."""
+        repeat = self.repeat_of(fold)
+        return inputs_I if repeat is None else inputs_I.view(repeat)[:, 0].reshape(-1)
 
     def linears(self, index: int) -> Iterator[str]:
         """Full names of the linears of block `index` that can be quantized."""
