@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 
+from halfbyte.calibration import CalibrationSet
 from halfbyte.files import make_directory, write_json
+from halfbyte.models import Checkpoint
 from halfbyte.serving import LogFacts, VllmInstall, parse_log, root_error
 from halfbyte.serving.child import Child
 from halfbyte.serving.log import read_log
@@ -36,6 +39,33 @@ GRACE_S, POLL_S = 5.0, 0.2
 def say(text: str) -> None:
     """One line to stderr, at once, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts have which start vLLM."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--on", default="h100")
+    parser.add_argument("--gpus", default=None)
+    parser.add_argument("--vllm", default=None)
+    parser.add_argument("--dry", action="store_true")
+    return parser
+
+
+def loads_of(levels: str, tokens: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Points (`Work.points`) of so many sequences at once ("1,4") with a prompt and an answer ("128,128"), and the
+    numbers of sequences."""
+    numbers = [int(level) for level in levels.split(",")]
+    prompt, answer = map(int, tokens.split(","))
+    return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in numbers], numbers
+
+
+def random_set(model: Path, sequences: int, length: int) -> CalibrationSet:
+    """A calibration set of random ids of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = min(Checkpoint(model).config["vocab_size"], 100_000)
+    ids = torch.randint(5, vocab, (sequences, length), generator=generator)
+    return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}})
 
 
 def cards(asked: str | None) -> list[str]:

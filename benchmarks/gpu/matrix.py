@@ -33,11 +33,14 @@ from benchmarks.gpu.common import (
     card_name,
     cards,
     engine_words,
+    loads_of,
     markdown,
+    parser_of,
+    random_set,
     run_engines,
     say,
 )
-from benchmarks.gpu.served import dry_tokens, dry_windows
+from benchmarks.gpu.served import DRY_TOKENS, dry_windows
 from benchmarks.gpu.shapes import random_model
 from halfbyte import sweep
 from halfbyte.errors import HalfbyteError
@@ -54,23 +57,18 @@ DRY = {"defaults": {"tune": "none"}, "cells": {"B": {"method": "gptq", "group_si
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default=None)
-    parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--matrix", default="strategy")
-    parser.add_argument("--on", default="h100")
     parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
     parser.add_argument("--text", type=Path, help="what the cells are judged on")
     parser.add_argument("--windows", type=int, default=100, help="of 512 tokens")
     parser.add_argument("--levels", default="64,1", help="sequences at once; the first counts in the ranking")
     parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gpus", default=None)
     parser.add_argument("--abreast", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no engine starts that could not end")
-    parser.add_argument("--vllm", default=None)
     parser.add_argument("--report", type=Path, default=None)
-    parser.add_argument("--dry", action="store_true")
     args = parser.parse_args(words)
     if args.dry:
         args.on, args.levels, args.tokens, args.repeats, args.abreast = "cpu", "2,1", "16,8", 2, 2
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     began = time.monotonic()
     place, install = make_directory(args.output), find_vllm(args.vllm)
     base = random_model(place / "tiny", "random:tiny") if args.dry else resolve_model(args.model)
-    data: Any = dry_tokens(base) if args.dry else [args.calibration]
+    data: Any = random_set(base, *DRY_TOKENS) if args.dry else [args.calibration]
     windows = dry_windows(data) if args.dry else text_windows([args.text], load_tokenizer(base), count=args.windows)
     there = place / "sweep"
 
@@ -108,9 +106,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say(f"{len(result['cells'])} cells made and judged after {time.monotonic() - began:.0f} s")
-    levels = [int(level) for level in args.levels.split(",")]
-    prompt, answer = map(int, args.tokens.split(","))
-    points = [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in levels]
+    points, levels = loads_of(args.levels, args.tokens)
+    answer = points[0]["output"]
     config = Checkpoint(base).config
     engines = engines_of(result["cells"], there, base, engine_words(config, "auto", points))
     work = Work(points, args.repeats, min(config["vocab_size"], 100_000), timing=15)

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import itertools
 
-from shapes import SHAPES, random_model
-
+from benchmarks.gpu.common import environment, markdown, random_set, say
+from benchmarks.gpu.shapes import SHAPES, random_model
 from halfbyte.artifact import ArtifactWriter
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import Job, quantize_blocks
@@ -46,7 +46,6 @@ from halfbyte.models import Checkpoint
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe.loader import recipe_from_mapping
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 2048
 GPTQ = {"method": "gptq", "group_size": 128}
 AWQ = {"method": "awq", "group_size": 128}
@@ -63,21 +62,13 @@ RUNS: dict[str, tuple[list[dict[str, Any]], int]] = {
     "nvfp4": ([NVFP4], 0),
 }
 """Recipes, and sequences (0: data-free)."""
-PEERS = {"gptq": "gptq", "awq": "awq"}
+PEERS = ("gptq", "awq")
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def tokens(place: Path, vocabulary: int, sequences: int) -> Path:
-    """A calibration set of random ids."""
+def tokens(place: Path, model: Path, sequences: int) -> Path:
+    """A calibration set of random ids, on disk."""
     directory = place / f"tokens-{sequences}"
-    if not directory.is_dir():
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(5, vocabulary, (sequences, LENGTH), generator=generator)
-        CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}}).save(directory)
-    return directory
+    return directory if directory.is_dir() else Path(random_set(model, sequences, LENGTH).save(directory))
 
 
 class Clock:
@@ -101,7 +92,7 @@ def one(run: str, model: Path, place: Path) -> dict[str, Any]:
     """The pass in this process: seconds from block to block, before the first, in all; peak device memory."""
     recipes = [recipe_from_mapping(dict(words), run) for words in RUNS[run][0]]
     checkpoint = Checkpoint(model)
-    data = CalibrationSet.load(tokens(place, checkpoint.config["vocab_size"], RUNS[run][1])) if RUNS[run][1] else None
+    data = CalibrationSet.load(tokens(place, model, RUNS[run][1])) if RUNS[run][1] else None
     taken: list[float] = []
     clock = Clock()
     jobs = []
@@ -123,7 +114,6 @@ def one(run: str, model: Path, place: Path) -> dict[str, Any]:
         "before": first - started,
         "after": ended - taken[-1],
         "seconds": ended - started,
-        "solving": None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
@@ -142,8 +132,7 @@ def command(model: Path, place: Path) -> dict[str, Any]:
     write_json(recipe, NVFP4)
     words = ["quantize", str(model), "-r", str(recipe), "-o", str(place / "artifact"), "--force"]
     started = time.perf_counter()
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([sys.executable, "-m", "halfbyte.cli.app", *words], env=env, check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "halfbyte.cli.app", *words], env=environment(), check=True, stdout=sys.stderr)
     seconds = time.perf_counter() - started
     manifest = json.loads((place / "artifact" / "halfbyte.json").read_text(encoding="utf-8"))
     blocks = manifest["seconds"] / Checkpoint(model).config["num_hidden_layers"]
@@ -165,14 +154,14 @@ def rate() -> float:
     return 2 * 16384 * 4096 * 14336 / best
 
 
-def floor(shape: str, sequences: int, speed: float, halves: bool = True) -> float:
+def floor(shape: str, sequences: int, speed: float) -> float:
     """Seconds of one block's forward and Gram products at `speed`."""
     hidden, inner, _, heads, kv_heads, _ = SHAPES[shape]
     head = hidden // heads
     count = sequences * LENGTH
     linears = hidden * (hidden + 2 * kv_heads * head) + hidden * hidden + 3 * hidden * inner
     attention = 2 * LENGTH * hidden
-    gram = (3 * hidden**2 + inner**2) * (0.5 if halves else 1.0)
+    gram = (3 * hidden**2 + inner**2) / 2
     return 2 * count * (linears + attention + gram) / speed
 
 
@@ -180,10 +169,11 @@ def peer(run: str, model: Path, place: Path, card: str) -> dict[str, Any]:
     """llm-compressor on the same tokens, in a process of its own: seconds from one block's end to the next's."""
     script, log = Path(__file__).with_name("llm_compressor_blocks.py"), place / f"peer-{run}.json"
     log.unlink(missing_ok=True)
-    given = tokens(place, Checkpoint(model).config["vocab_size"], RUNS[run][1])
+    given = tokens(place, model, RUNS[run][1])
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": card}
     out = (place / f"peer-{run}.log").open("wb")
-    words = [str(script), str(model), str(given), str(log), PEERS[run]]
+    options = json.dumps({"method": run, "group_size": GPTQ["group_size"]})
+    words = [str(script), str(model), str(given), str(log), options]
     subprocess.run([sys.executable, *words], env=env, stdout=out, stderr=out, check=False)
     if not log.is_file():
         tail = (place / f"peer-{run}.log").read_text(errors="replace").splitlines()[-3:]
@@ -207,14 +197,14 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         sys.exit("quantize.py: no GPU here")
-    model = args.output / f"bf16-{args.blocks}"
     if args.one:
-        print(json.dumps(one(args.one, model, args.output)))
+        print(json.dumps(peer_rows(args) if args.one == "peers" else one(args.one, base_of(args), args.output)))
         return
-    random_model(model, args.shape, args.blocks)
+    base = base_of(args)
+    for run in PEERS if args.peers else ():
+        tokens(args.output, base, RUNS[run][1])  # before two processes want them
     result: dict[str, Any] = {"schema": 1, "kind": "gpu-quantize", "shape": args.shape, "rows": []}
-    peers = [p for p in args.peers.split(",") if p]
-    running = _peers_apart(args, peers) if peers and args.peer_gpu != "0" else None
+    running = apart("peers") if args.peers and args.peer_gpu != "0" else None
     speed = rate()
     result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "bf16_tflops": speed / 1e12}
     torch.cuda.empty_cache()
@@ -223,38 +213,39 @@ def main() -> None:
         if run == "command":
             found = command(random_model(args.output / "bf16", args.shape), args.output)
         else:
-            words = [__file__, "-o", str(args.output), "--shape", args.shape, "--blocks", str(args.blocks)]
-            done = subprocess.run([sys.executable, *words, "--one", run], stdout=subprocess.PIPE, check=False)
-            found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"reason": "failed"}
+            found = told(apart(run)) or {"reason": "failed"}
         sequences = RUNS[run][1] if run in RUNS else 0
         result["rows"].append({"run": run, "who": "halfbyte", **found, "floor": floor(args.shape, sequences, speed)})
         _save(args, result)
-    if running:
-        result["rows"] += json.loads(running.communicate()[0].splitlines()[-1])
-    else:
-        result["rows"] += _peer_rows(args, peers)
+    result["rows"] += (told(running) or []) if running else peer_rows(args)
     _save(args, result)
     print("\n".join(table(result)))
 
 
-def _peer_rows(args: argparse.Namespace, peers: list[str]) -> list[dict[str, Any]]:
-    model = random_model(args.output / f"peer-{args.peer_blocks}", args.shape, args.peer_blocks)
+def base_of(args: argparse.Namespace) -> Path:
+    """The model of some blocks that the runs quantize."""
+    return random_model(args.output / f"bf16-{args.blocks}", args.shape, args.blocks)
+
+
+def apart(what: str) -> subprocess.Popen[bytes]:
+    """This very command for one run, or for the peers, in a process of its own."""
+    return subprocess.Popen([sys.executable, *sys.argv, "--one", what], stdout=subprocess.PIPE)
+
+
+def told(running: subprocess.Popen[bytes]) -> Any:
+    """What it printed last, or None where it failed."""
+    lines = running.communicate()[0].splitlines()
+    return json.loads(lines[-1]) if running.returncode == 0 else None
+
+
+def peer_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What llm-compressor takes for each of --peers."""
     rows = []
-    for run in peers:
+    for run in [p for p in args.peers.split(",") if p]:
+        model = random_model(args.output / f"peer-{args.peer_blocks}", args.shape, args.peer_blocks)
         say(f"llm-compressor: {run}")
         rows.append({"run": run, "who": "llm-compressor", **peer(run, model, args.output, args.peer_gpu)})
     return rows
-
-
-def _peers_apart(args: argparse.Namespace, peers: list[str]) -> subprocess.Popen[bytes]:
-    code = (
-        "import sys, json, argparse; from pathlib import Path; "
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]; import quantize; "
-        f"a = argparse.Namespace(output=Path({str(args.output)!r}), shape={args.shape!r}, "
-        f"peer_blocks={args.peer_blocks}, peer_gpu={args.peer_gpu!r}); "
-        f"print(json.dumps(quantize._peer_rows(a, {peers!r})))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
 
 
 def _save(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -264,13 +255,12 @@ def _save(args: argparse.Namespace, result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> list[str]:
     """Rows as Markdown."""
     lines = [f"{result['gpu']}, torch {result['torch']}, {result['bf16_tflops']:.0f} TFLOP/s of bfloat16"]
-    lines += ["| run | who | s a block | floor | before s | all s | peak GiB |", "|---|---|---:|---:|---:|---:|---:|"]
+    rows = []
     for row in result["rows"]:
         cells = [row.get(key) for key in ("block", "floor", "before", "seconds", "peak_gib")]
-        shown = ["–" if c is None else f"{c:.2f}" for c in cells]
-        lines.append(f"| {row['run']} | {row['who']} | " + " | ".join(shown) + " |")
-        if row.get("reason"):
-            lines.append(f"{row['run']}, {row['who']}: {row['reason']}")
+        rows.append([row["run"], row["who"], *("–" if c is None else f"{c:.2f}" for c in cells)])
+    lines += markdown(["run", "who", "s a block", "floor", "before s", "all s", "peak GiB"], rows)
+    lines += [f"{row['run']}, {row['who']}: {row['reason']}" for row in result["rows"] if row.get("reason")]
     for run in PEERS:
         found = {row["who"]: row["block"] for row in result["rows"] if row["run"] == run and row.get("block")}
         if len(found) == 2:

@@ -13,7 +13,6 @@ its reason and the last of vLLM's log. Writes served.json. Exit status 1 where a
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -31,7 +30,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.activations import Emulation, distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import GIB, card_name, cards, log_tail, markdown, on_card, say
+from benchmarks.gpu.common import GIB, card_name, cards, log_tail, markdown, on_card, parser_of, random_set, say
 from benchmarks.gpu.shapes import random_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.calibration import CalibrationSet
@@ -55,6 +54,8 @@ PLAN = Path(__file__).with_suffix(".yaml")
 KV_LIMIT = 0.02
 """What an FP8 KV cache may change perplexity by."""
 WINDOW, SEQUENCES = 512, 8
+DRY_TOKENS = 32, 128
+"""Sequences and tokens of each that a dry run calibrates on."""
 KV_SPACE = 1 << 30
 START_S = 300.0
 Scores = list[list[float | None]]
@@ -74,20 +75,15 @@ class Case:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default=None)
-    parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens that are scored")
-    parser.add_argument("--on", default="h100")
     parser.add_argument("--cases", nargs="+", default=None)
-    parser.add_argument("--gpus", default=None)
     parser.add_argument("--jobs", type=int, default=6, help="servers at once on a card")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no server starts after so long")
-    parser.add_argument("--vllm", default=None)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--dry", action="store_true")
     args = parser.parse_args(words)
     if args.dry:
         args.on, args.jobs, args.windows = "cpu", 1, 2
@@ -112,7 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     place, install = make_directory(args.output), find_vllm(args.vllm)
     platform = load_platform(args.on).model_copy(update={"speed": ()})  # no kernel but vLLM's own choice, or the case's
     base = random_model(place / "tiny", "random:tiny") if args.dry else resolve_model(args.model)
-    data = dry_tokens(base) if args.dry else CalibrationSet.load(args.calibration)
+    data = random_set(base, *DRY_TOKENS) if args.dry else CalibrationSet.load(args.calibration)
     windows = dry_windows(data) if args.dry else text_windows([args.text], load_tokenizer(base), count=args.windows)
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
     cases = cases_of(plan, args.cases)
@@ -361,12 +357,6 @@ def log_probabilities(model: Any, windows: Windows) -> Scores:
         values = token_loglik(logits_of(model, batch), batch, torch.zeros_like(at), at)
         found.append([None, *values.tolist()])
     return found
-
-
-def dry_tokens(model: Path) -> CalibrationSet:
-    vocab = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    ids = torch.randint(3, vocab, (32, 128), generator=torch.Generator().manual_seed(0))
-    return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}})
 
 
 def dry_windows(data: CalibrationSet) -> Windows:

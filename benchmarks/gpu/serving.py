@@ -35,15 +35,17 @@ from benchmarks.gpu.common import (
     card_name,
     cards,
     engine_words,
+    loads_of,
     markdown,
     middle,
+    parser_of,
+    random_set,
     read_lines,
     run_engines,
     say,
 )
 from benchmarks.gpu.shapes import Packing, is_random, packed_model, random_model
 from halfbyte import quantize
-from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
@@ -70,28 +72,25 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
 vLLM 0.32 (the log says); W4A16_NVFP4 gets it there whatever one says."""
 METHODS = {"bf16": "bf16", "gptq": "gptq", "awq": "awq", "nvfp4": "nvfp4"}
 PREFILL, PREFILL_PROMPTS = "prefill", 16
+TOKENS = 64, 64
+"""Sequences and tokens of each that NVFP4's input scales are of."""
 ROOM_GIB = 3.5
 """What an engine takes beside weights and KV cache: CUDA's context, activations, graphs."""
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default="random:8b")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--on", default="h100")
     parser.add_argument("--configs", nargs="+", default=None, help=f"{', '.join(CONFIGS)}; more by --on (tune)")
     parser.add_argument("--kv", nargs="+", choices=["auto", "fp8"], default=["auto", "fp8"])
     parser.add_argument("--levels", default="1,4,16,64,128,256")
     parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the long prompts; 0: none")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gpus", default=None)
     parser.add_argument("--abreast", type=int, default=4, help="engines that share a card while they load")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins that could not end")
     parser.add_argument("--least", type=float, default=200, help="seconds that a round takes at least")
-    parser.add_argument("--vllm", default=None)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--dry", action="store_true")
     args = parser.parse_args(words)
     if args.dry:
         args.model, args.on, args.levels, args.prefill, args.repeats = "random:tiny", "cpu", "1,2", 32, 2
@@ -153,9 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def points_of(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[int]]:
     """The loads, and the concurrencies among them."""
-    levels = [int(level) for level in args.levels.split(",")]
-    prompt, answer = map(int, args.tokens.split(","))
-    points = [{"name": f"c{level}", "prompts": level, "input": prompt, "output": answer} for level in levels]
+    points, levels = loads_of(args.levels, args.tokens)
     if args.prefill:
         points.append({"name": PREFILL, "prompts": PREFILL_PROMPTS, "input": args.prefill, "output": 1})
     return points, levels
@@ -232,7 +229,7 @@ def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
     elif model == "bf16":
         engine.model = base
     elif not (engine.model / "halfbyte.json").is_file():
-        quantize(str(base), nearest(PACKINGS[model]), engine.model, random_tokens(base))
+        quantize(str(base), nearest(PACKINGS[model]), engine.model, random_set(base, *TOKENS))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     took = time.monotonic() - began
@@ -245,13 +242,6 @@ def nearest(packing: Packing) -> Any:
     words: dict[str, Any] = {"method": "nvfp4" if packing.grid == "nvfp4" else "rtn", "rounding": "rtn"}
     words |= {"grid": packing.grid, "format": packing.format, "group_size": packing.group_size}
     return recipe_from_mapping({**words, "activations": packing.activations, "indivisible": "smaller"}, "serving.py")
-
-
-def random_tokens(model: Path) -> CalibrationSet:
-    """64 x 64 random ids of the model's vocabulary, for NVFP4's input scales."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, min(Checkpoint(model).config["vocab_size"], 100_000), (64, 64), generator=generator)
-    return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}})
 
 
 def earlier(engines: Sequence[Engine], place: Path, points: Sequence[Mapping[str, Any]]) -> set[str]:

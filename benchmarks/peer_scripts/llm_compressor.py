@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
@@ -12,21 +14,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     given = handed()
-    awq = given.options["method"] == "awq"
     sequences = given.sequences
     if given.options.get("samples"):
         sequences = sequences[:: max(1, len(sequences) // given.options["samples"])][: given.options["samples"]]
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    compress(model, tokenizer, sequences, given.options["method"], given.options["group_size"])
+    model.save_pretrained(given.output, save_compressed=True)
+    tokenizer.save_pretrained(given.output)
+
+
+def compress(model: Any, tokenizer: Any, sequences: list[list[int]], method: str, group_size: int) -> None:
+    """Quantize a model in its place. method: gptq | awq; sequences: token ids."""
+    awq = method == "awq"
     weights = QuantizationArgs(
         num_bits=4,
         type="int",
         strategy="group",
-        group_size=given.options["group_size"],
+        group_size=group_size,
         symmetric=not awq,
         actorder=None if awq else "static",
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
     oneshot(
         model=model,
         processor=tokenizer,
@@ -36,8 +45,6 @@ def main() -> None:
         num_calibration_samples=len(sequences),
         shuffle_calibration_samples=False,
     )
-    model.save_pretrained(given.output, save_compressed=True)
-    tokenizer.save_pretrained(given.output)
 
 
 def _recipe(awq: bool, groups: dict) -> list:

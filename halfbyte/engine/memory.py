@@ -16,6 +16,7 @@ their files, and the system may take those pages back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,7 @@ def _block(checkpoint: Checkpoint, family: Family, index: int):  # type: ignore[
     prefix = family.block(index) + "."
     for name, info in checkpoint.tensors.items():
         if name.startswith(prefix):
-            count = 1
-            for extent in info.shape:
-                count *= extent
+            count = math.prod(info.shape)
             yield name.removeprefix(prefix), (info.shape, 2 * count + (info.nbytes if info.dtype != "BF16" else 0))
 
 
