@@ -15,13 +15,10 @@ from halfbyte.formats.bits import pack_bytes
 from halfbyte.types import NVFP4_BLOCK, QuantizedLinear
 
 SEAL = "seal"
-CODES = "codes:"
-"""What a fingerprint of codes and scales begins with."""
 
 
 def weight_fingerprint(q: QuantizedLinear) -> str:
-    """CODES and the SHA-256, in hex, of what a linear's values follow from: grid, shape, codes, scales, zeros, global
-    scale.
+    """SHA-256, in hex, of what a linear's values follow from: grid, shape, codes, scales, zeros, global scale.
 
     The same for every format that holds it and for any device; blocks of NVFP4 that share a scale count one by one,
     as files hold them.
@@ -34,13 +31,13 @@ def weight_fingerprint(q: QuantizedLinear) -> str:
     for part in (codes, scales.float(), q.zeros):
         if part is not None:
             digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return CODES + digest.hexdigest()
+    return digest.hexdigest()
 
 
 def fingerprint_holds(q: QuantizedLinear, stated: str) -> bool:
     """Whether a linear has the fingerprint that a manifest states; older manifests state one of its float32 values."""
-    if stated.startswith(CODES):
-        return weight_fingerprint(q) == stated
+    if weight_fingerprint(q) == stated:
+        return True
     return hashlib.sha256(dequantize(q).cpu().contiguous().numpy().data).hexdigest() == stated
 
 

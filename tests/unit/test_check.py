@@ -87,7 +87,7 @@ def test_manifests_that_state_values_instead_of_codes_hold(tmp_path: Path, kind:
 
     edit_json(tmp_path / "halfbyte.json", older)
     assert check_artifact(tmp_path)["findings"] == []
-    edit_json(tmp_path / "halfbyte.json", lambda m: m["linears"][DOWN].update(fingerprint="codes:" + "0" * 64))
+    edit_json(tmp_path / "halfbyte.json", lambda m: m["linears"][DOWN].update(fingerprint="0" * 64))
     assert codes(tmp_path) == {"dequantize"}
 
 
