@@ -38,7 +38,11 @@ def dithered_copy(model: Path, seed: int = 0) -> Path:
         for file in model.iterdir():
             if file.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors." not in file.name:
                 shutil.copy2(file, whole / file.name)
-        whole.rename(target)
+        try:
+            whole.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process made the same meanwhile
+                raise
     return target
 
 

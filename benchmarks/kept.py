@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ class Kept:
 
     file     where they are kept; None: nowhere
     facts    what the file says beside them
+    also     files of other runs, whose rows are taken too
     """
 
-    def __init__(self, file: Path | None, facts: dict[str, Any]):
+    def __init__(self, file: Path | None, facts: dict[str, Any], also: Sequence[Path] = ()):
         self.file, self.facts = file, facts
-        self.tables: list[dict[str, Any]] = []
-        if file is not None and file.is_file():
-            try:
-                self.tables = list(read_json(file).get("tables", []))
-            except HalfbyteError:
-                self.tables = []
+        self.tables = _tables(file) if file else []
+        for other in also:
+            for table in _tables(other):
+                mine = next((t for t in self.tables if t["key"] == table["key"]), None)
+                if mine is None:
+                    self.tables.append(table)
+                else:
+                    mine["rows"] += [r for r in table["rows"] if find(mine, r["key"]) is None]
 
     def table(self, title: str, model: str, text: Path, windows: int) -> dict[str, Any]:
         """The table of a model (its fingerprint) on a text, with the rows that are there."""
@@ -53,6 +57,13 @@ class Kept:
         """All that is there, whole or not at all."""
         if self.file is not None:
             write_json(self.file, {**self.facts, "tables": self.tables})
+
+
+def _tables(file: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_json(file).get("tables", [])) if file.is_file() else []
+    except HalfbyteError:
+        return []
 
 
 def find(table: dict[str, Any], key: str) -> dict[str, Any] | None:

@@ -1,12 +1,13 @@
 """What 4 bits cost SmolLM2-135M, recipe by recipe: seconds, memory, bits, perplexity and KL, in one table.
 
-    python benchmarks/quality.py [--recipes R …] [--timed R …] [--artifact NAME=DIR …] [--dithered]
-                                 [--second-text FILE] [--data DIR] [--json FILE]
+    python benchmarks/quality.py [--recipes R …] [--timed R …] [--peers NAME …] [--artifact NAME=DIR …] [--dithered]
+                                 [--second-text FILE] [--data DIR] [--device cuda] [--json FILE] [--also FILE …]
 
-Every recipe is solved in memory in ONE pass over the blocks, from the same statistics; `--timed` ones run the real
-`halfbyte quantize` in a fresh process, and their artifact is scored. BF16 and plain round-to-nearest of the same grids
-stand beside them, and the noise floor below. Scales and norms are trained afterwards where the recipe says so, as
-`halfbyte quantize` does. With --json FILE, rows that FILE has already are not made again: the table can be made in
+Recipes of one effort are solved in memory in ONE pass over the blocks, from the same statistics; `--timed` ones run the
+real `halfbyte quantize` in a fresh process, and their artifact is scored. BF16 and plain round-to-nearest of the same
+grids stand beside them, and the noise floor below. Scales and norms are trained afterwards where the recipe says so, as
+`halfbyte quantize` does. `--peers` runs those of peers.py on the same tokens and scores their files. With --json FILE,
+rows that FILE has already are not made again, nor those of other runs' files after --also: the table can be made in
 pieces, and a run that was killed goes on.
 """
 
@@ -18,7 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ from common import (
 from dither import dithered_copy
 from kept import Kept, find, row_key, row_of
 from measure import Measured, measure
+from peer_runs import PEERS, Peer, add_options, known_peers, model_in, run_peer
 from rtn import nearest
 from scoring import FEW, HEADER, Reference, bits_of_artifact, bits_of_recipe, cells, load_scored, score_row
 
@@ -72,7 +74,9 @@ def main(arguments: argparse.Namespace) -> None:
     texts = [data / TEXT] + [_text(words, data) for words in arguments.second_text]
     model = resolve_model(MODEL, Report())
     command = shlex.join(["python", *sys.argv])
-    kept = Kept(arguments.json, {"schema": 1, "kind": "quality", "command": command, "machine": machine()})
+    facts = {"schema": 1, "kind": "quality", "command": command, "machine": machine(), "device": arguments.device}
+    kept = Kept(arguments.json, facts, arguments.also)
+    rivals = known_peers(arguments)
     shown = []
     for source in [model] + ([dithered_copy(model)] if arguments.dithered else []):
         title, fingerprint = MODEL if source == model else f"{MODEL}, dithered", Checkpoint(source).fingerprint()
@@ -80,11 +84,12 @@ def main(arguments: argparse.Namespace) -> None:
         calibration = calibration_tokens(source, data, arguments.sequences)
         with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
             candidates = yardsticks(recipes + timed, source)
-            candidates += time_recipes(timed, source, calibration, tables, Path(scratch))
+            candidates += time_recipes(timed, source, calibration, tables, Path(scratch), arguments.device)
             candidates += outside if source == model else []
-            candidates += solve(recipes, source, calibration, tables, kept)
+            candidates += peer_files(rivals.values(), source, calibration, tables, Path(scratch), arguments.peer_python)
+            candidates += solve(recipes, source, calibration, tables, kept, arguments.device)
             for text, table in zip(texts, tables):
-                for row in score_rows(table, source, text, candidates, arguments.windows):
+                for row in score_rows(table, source, text, candidates, arguments.windows, arguments.device):
                     kept.add(table, row)
                 shown.append({**table, "rows": [found for c in candidates if (found := row_of(table, c.name))]})
     for table in shown:
@@ -106,21 +111,27 @@ def solve(
     calibration: CalibrationSet,
     tables: list[dict[str, Any]],
     kept: Kept,
+    device: str = "cpu",
 ) -> list[Candidate]:
-    """Every recipe that has a row to make in one pass over the blocks, in memory; then their training."""
+    """Every recipe that has a row to make in one pass over the blocks, in memory (one for each kind of statistics);
+    then their training."""
     checkpoint = Checkpoint(model)
     found = [Candidate(label, _key(label, recipe, calibration)) for label, recipe in recipes]
     todo = [(c, Solved(checkpoint, recipe)) for c, (_, recipe) in zip(found, recipes) if _wanted(c, tables)]
     if not todo:
         return found
-    say(f"one pass over the blocks for {len(todo)} recipes")
-    jobs = [Job(s.recipe, quantized(s.plans), lambda _: False, s.emit) for _, s in todo]
-    started = time.monotonic()
-    quantize_blocks(checkpoint, jobs, calibration.sequences, progress=Report())
-    kept.facts.setdefault("passes", []).append({"recipes": len(jobs), "seconds": round(time.monotonic() - started, 1)})
+    for alike in sorted({solved.recipe.statistics for _, solved in todo}):
+        jobs = [
+            Job(s.recipe, quantized(s.plans), lambda _: False, s.emit) for _, s in todo if s.recipe.statistics == alike
+        ]
+        say(f"one pass over the blocks for {len(jobs)} recipes")
+        started = time.monotonic()
+        quantize_blocks(checkpoint, jobs, calibration.sequences, device, progress=Report())
+        took = {"recipes": len(jobs), "seconds": round(time.monotonic() - started, 1)}
+        kept.facts.setdefault("passes", []).append(took)
     for candidate, solved in todo:
         started = time.monotonic()
-        train(cast(ArtifactWriter, solved), calibration, "cpu", Report())
+        train(cast(ArtifactWriter, solved), calibration, device, Report())
         candidate.make = solved.tensors
         candidate.facts = {
             "recipe": solved.recipe.identity(),
@@ -139,6 +150,7 @@ def time_recipes(
     calibration: CalibrationSet,
     tables: list[dict[str, Any]],
     scratch: Path,
+    device: str = "cpu",
 ) -> list[Candidate]:
     """The real `halfbyte quantize` in a fresh process each: wall seconds and peak memory of the whole of it."""
     found = []
@@ -148,7 +160,7 @@ def time_recipes(
         if not _wanted(candidate, tables):
             continue
         place = scratch / f"timed-{len(found)}"
-        measured = quantize_process(recipe, model, calibration, place)
+        measured = quantize_process(recipe, model, calibration, place, device)
         if measured.status:
             candidate.facts = {"error": measured.reason}
             continue
@@ -164,14 +176,43 @@ def time_recipes(
     return found
 
 
-def quantize_process(recipe: Recipe, model: Path, calibration: CalibrationSet, place: Path) -> Measured:
+def peer_files(
+    rivals: Iterable[Peer],
+    model: Path,
+    calibration: CalibrationSet,
+    tables: list[dict[str, Any]],
+    scratch: Path,
+    python: Path | None = None,
+) -> list[Candidate]:
+    """What the peers make of the model, each in a process of its own; only those that have a row to make."""
+    tokens, found = calibration.save(scratch / "tokens"), []
+    for index, peer in enumerate(rivals):
+        key = row_key(peer.label, calibration.sha256, packages=peer.packages, options=peer.options)
+        candidate = Candidate(peer.label, key)
+        found.append(candidate)
+        if not _wanted(candidate, tables):
+            continue
+        place = scratch / f"peer-{index}"
+        measured, versions = run_peer(peer, model, tokens, place, python)
+        if measured.status:
+            candidate.facts = {"error": measured.reason}
+            continue
+        candidate.directory = model_in(place / "artifact")
+        candidate.facts = {"seconds": measured.seconds, "peak_rss_mib": measured.peak_rss_mib, "versions": versions}
+        candidate.facts["bits_per_weight"] = bits_of_artifact(candidate.directory)
+    return found
+
+
+def quantize_process(
+    recipe: Recipe, model: Path, calibration: CalibrationSet, place: Path, device: str = "cpu"
+) -> Measured:
     """`halfbyte quantize` as a user runs it, into place/artifact."""
     place.mkdir(parents=True)
     calibration.save(place / "calibration")
     written = recipe.model_dump(mode="json", exclude_none=True)
     (place / "recipe.yaml").write_text(json.dumps(written), encoding="utf-8")
     command = [sys.executable, "-m", "halfbyte.cli.app", "quantize", str(model), "-r", str(place / "recipe.yaml")]
-    command += ["--calibration", str(place / "calibration"), "-o", str(place / "artifact"), "--device", "cpu"]
+    command += ["--calibration", str(place / "calibration"), "-o", str(place / "artifact"), "--device", device]
     beside = Path(sys.executable).with_name("halfbyte")
     if beside.is_file():
         command[:3] = [str(beside)]
@@ -199,15 +240,15 @@ def yardsticks(recipes: list[tuple[str, Recipe]], model: Path) -> list[Candidate
 
 
 def score_rows(
-    table: dict[str, Any], model: Path, text: Path, candidates: list[Candidate], windows: int
+    table: dict[str, Any], model: Path, text: Path, candidates: list[Candidate], windows: int, device: str = "cpu"
 ) -> Iterator[dict[str, Any]]:
     """Every candidate that `table` has no row of, on one text: its row as it is done."""
     todo = [candidate for candidate in candidates if find(table, candidate.key) is None]
     if not todo:
         return
-    reference = Reference(model, text, windows)
+    reference = Reference(model, text, windows, device)
     table.update(reference.describe())
-    host = load_model(model)
+    host = load_model(model, device)
     original = {name: value.clone() for name, value in host.state_dict().items()}
     for candidate in todo:
         row = {**_score(candidate, reference, host, original), "key": candidate.key}
@@ -225,7 +266,7 @@ def _score(candidate: Candidate, reference: Reference, host: Any, original: dict
             scores = reference.score(host if candidate.make else None)
             return score_row(candidate.name, scores, **candidate.facts)
         bits = candidate.facts.get("bits_per_weight") or bits_of_artifact(candidate.directory)
-        scores = reference.score(load_scored(candidate.directory))
+        scores = reference.score(load_scored(candidate.directory, reference.device))
         return score_row(candidate.name, scores, **{"bits_per_weight": bits, **candidate.facts})
     except HalfbyteError as error:
         return {"name": candidate.name, "error": str(error)}
@@ -265,11 +306,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--timed", **several, help="run these as whole `halfbyte quantize` processes")
     parser.add_argument("--artifact", nargs="*", default=[], metavar="NAME=DIR", help="score these directories too")
+    parser.add_argument("--peers", nargs="*", default=[], metavar="PEER", help=f"score these too: {', '.join(PEERS)}")
+    add_options(parser)
     parser.add_argument("--dithered", action="store_true", help="everything again on the dithered copy of the model")
     parser.add_argument("--second-text", nargs="*", default=[], metavar="FILE", help="score on these texts too")
     parser.add_argument("--windows", type=int, default=40, help="windows of the larger figure (default 40)")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences (default 128)")
     parser.add_argument("--data", metavar="DIR", help="where calibration/ and text/ are (else HALFBYTE_DATA)")
+    parser.add_argument("--device", default="cpu", help="where to solve, train and score (default cpu)")
+    parser.add_argument("--also", nargs="*", type=Path, default=[], metavar="FILE", help="rows of other runs' --json")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures here, and take finished rows from there"
     )

@@ -26,11 +26,11 @@ BATCH_TOKENS = 1024
 class Reference:
     """The BF16 model's logits on the first MANY windows of a text (about 2 GB), and its noise floor."""
 
-    def __init__(self, model: Path, text: Path, windows: int = MANY):
+    def __init__(self, model: Path, text: Path, windows: int = MANY, device: str = "cpu"):
         say(f"{text.name}: BF16 logits of {windows} windows of {WINDOW} tokens")
         self.name = text.name
         self.windows: Windows = text_windows(text, load_tokenizer(model), window=WINDOW, count=windows)
-        self.model = load_model(model)
+        self.model, self.device = load_model(model, device), device
         self.batches = list(batches(self.windows, BATCH_TOKENS))
         self.logits = [logits_of(self.model, ids) for _, ids in self.batches]
         self.noise = noise_floor(self.model, self.windows.first(FEW), BATCH_TOKENS)
@@ -58,11 +58,11 @@ class Reference:
         return {"text": self.windows.describe(), "noise_floor": self.noise}
 
 
-def load_scored(directory: Path) -> Any:
+def load_scored(directory: Path, device: str = "cpu") -> Any:
     """A model directory of any maker: quantized in a format that halfbyte reads, or fake-quantized BF16 weights."""
     if Checkpoint(directory).config.get("quantization_config"):
-        return load_fake_quantized(directory)
-    return load_model(directory)
+        return load_fake_quantized(directory, device=device)
+    return load_model(directory, device)
 
 
 def bits_of_artifact(directory: Path) -> float:

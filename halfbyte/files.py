@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from halfbyte.errors import HalfbyteError
 
@@ -24,6 +23,16 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 TEMPORARY = ".tmp"
 LOCK_ATTEMPTS = 5
+MANY = 64
+"""Threads at most."""
+DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
+    torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls them, in the order in which its library lays them out: the widest first, so that each tensor
+begins at a multiple of its width."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -89,22 +98,56 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, atomically. Tensors are made contiguous and taken to the CPU."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = {"format": "pt", **(metadata or {})}
+    layout = {name: (dtype_name(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+    write_pieces(path, layout, tensors.__getitem__, metadata)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls it. Raises HalfbyteError for one that it does not hold."""
+    if dtype not in DTYPES:
+        raise HalfbyteError(f"tensors of {dtype} cannot be stored")
+    return DTYPES[dtype]
+
+
+def write_pieces(
+    path: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...], int]],
+    load: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """A safetensors file, atomically, byte for byte as safetensors' own library writes it, of which one tensor at a
+    time is in memory.
+
+    layout   by name: the dtype as safetensors calls it, shape, bytes
+    load     gives the tensor of a name, when its turn comes
+    """
+    rank = {dtype: at for at, dtype in enumerate(DTYPES.values())}
+    order = sorted(layout, key=lambda name: (rank[layout[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        dtype, shape, size = layout[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
 
     def write(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(ready, temporary, metadata=meta)
-        temporary.chmod(mode)  # save_file leaves 0600, whatever the umask
+        with temporary.open("wb") as handle:
+            handle.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                flat = load(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                if flat.numel() != layout[name][2]:
+                    raise HalfbyteError(f"{name} has {flat.numel():,} bytes, not {layout[name][2]:,}: is it damaged?")
+                handle.write(flat.numpy().data)
 
     write_atomically(path, write)
 
 
-def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """`work` of each item, in their order, by as many threads as there are cores: for hashing, which lets go of the
-    interpreter."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item], most: int | None = None) -> list[_Result]:
+    """`work` of each item, in their order, by as many threads as there are cores, or `most`: for hashing, reading and
+    writing, which let go of the interpreter."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, most or MANY)) as pool:
         return list(pool.map(work, items))
 
 

@@ -132,7 +132,12 @@ def command(model: Path, place: Path) -> dict[str, Any]:
     write_json(recipe, NVFP4)
     words = ["quantize", str(model), "-r", str(recipe), "-o", str(place / "artifact"), "--force"]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "halfbyte.cli.app", *words], env=environment(), check=True, stdout=sys.stderr)
+    run = [sys.executable, "-m", "halfbyte.cli.app", *words]
+    child = subprocess.Popen(run, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in child.stdout or ():
+        print(f"{time.perf_counter() - started:6.1f} s  {line.rstrip()}", file=sys.stderr, flush=True)
+    if child.wait():
+        raise subprocess.CalledProcessError(child.returncode, run)
     seconds = time.perf_counter() - started
     manifest = json.loads((place / "artifact" / "halfbyte.json").read_text(encoding="utf-8"))
     blocks = manifest["seconds"] / Checkpoint(model).config["num_hidden_layers"]

@@ -25,7 +25,7 @@ def main() -> None:
         seqlen=ids.shape[1],
         nsamples=len(ids),
         batch_size=BATCH,
-        device_map="cpu",
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
         seed=0,
     )
     rounder.quantize_and_save(given.output, format="auto_gptq")

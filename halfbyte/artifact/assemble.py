@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from halfbyte.artifact.check_files import INDEX, MANIFEST, SINGLE
 from halfbyte.artifact.fingerprint import sealed, tensor_digest
 from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError
-from halfbyte.files import TEMPORARY, in_threads, write_atomically, write_json, write_tensors, write_text
+from halfbyte.files import TEMPORARY, in_threads, write_atomically, write_json, write_pieces, write_text
 from halfbyte.formats import Format
 from halfbyte.models import Checkpoint, family_of, hash_file
-from halfbyte.models.checkpoint import read_header
+from halfbyte.models.checkpoint import TensorInfo, opened, read_header
 from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
 
+WRITERS = 4
+"""Weight files that are written at the same time: a disk gets no faster with more."""
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
 
@@ -52,7 +55,7 @@ class Assembly:
 
         work          its id (halfbyte.engine.work_id)
         facts         go into the manifest; their `versions` and `notices` join those that are known here
-        shard_bytes   the largest shard; one is held in memory while it is written
+        shard_bytes   the largest shard
         """
         linears, solving, notices = self._reports()
         tensors = self._write_shards(shard_bytes)
@@ -110,39 +113,49 @@ class Assembly:
                 raise HalfbyteError(f"{plan.name} was not quantized: run the same command again")
         return rows, seconds, notices
 
-    def _pieces(self) -> Iterator[tuple[str, int, Path]]:
-        """(tensor name, bytes, file) of every tensor of the artifact, in the source model's order of names."""
+    def _pieces(self) -> Iterator[TensorInfo]:
+        """Every tensor of the artifact and where it lies, in the source model's order of names."""
         kept = {n: i for f in self.parts for n, i in read_header(f).items()}
         replaced = {f"{p.name}.weight" for p in self.plans if p.scheme is not None}
         names = set(kept) | (set(self.checkpoint.tensors) - replaced)
         for name in sorted(names, key=_natural):
-            info = kept.get(name) or self.checkpoint.tensors[name]
-            yield name, info.nbytes, info.file
+            yield kept.get(name) or self.checkpoint.tensors[name]
 
     def _write_shards(self, shard_bytes: int) -> dict[str, str]:
-        """Write the weight files and their index; returns every tensor's digest by name."""
-        shards: list[list[tuple[str, int, Path]]] = [[]]
+        """Write the weight files, some at a time, and their index; returns every tensor's digest by name."""
+        shards: list[list[TensorInfo]] = [[]]
         for piece in self._pieces():
-            if shards[-1] and sum(p[1] for p in shards[-1]) + piece[1] > shard_bytes:
+            if shards[-1] and sum(i.nbytes for i in shards[-1]) + piece.nbytes > shard_bytes:
                 shards.append([])
             shards[-1].append(piece)
         for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
             stale.unlink(missing_ok=True)
         places: dict[str, str] = {}
         digests: dict[str, str] = {}
-        for number, pieces in enumerate(shards, 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, torch.Tensor] = {}
-            for file in dict.fromkeys(p[2] for p in pieces):
-                with safe_open(file, framework="pt") as handle:
-                    tensors |= {p[0]: handle.get_tensor(p[0]) for p in pieces if p[2] == file}
-            write_tensors(self.directory / name, {p[0]: tensors[p[0]] for p in pieces})
-            places |= {p[0]: name for p in pieces}
-            names = [p[0] for p in pieces]
-            digests |= zip(names, in_threads(tensor_digest, [tensors[n] for n in names]))
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for name, found in zip(names, in_threads(self._write_shard, zip(names, shards), WRITERS)):
+            places |= dict.fromkeys(found, name)
+            digests |= found
         if len(shards) > 1:
-            total = sum(p[1] for pieces in shards for p in pieces)
+            total = sum(info.nbytes for pieces in shards for info in pieces)
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        return digests
+
+    def _write_shard(self, shard: tuple[str, Sequence[TensorInfo]]) -> dict[str, str]:
+        """One weight file, tensor by tensor; returns their digests by name."""
+        name, pieces = shard
+        infos = {info.name: info for info in pieces}
+        digests = dict.fromkeys(infos, "")
+        with ExitStack() as stack:
+            handles = {f: stack.enter_context(opened(f)) for f in dict.fromkeys(info.file for info in pieces)}
+
+            def load(tensor: str) -> torch.Tensor:
+                value: torch.Tensor = handles[infos[tensor].file].get_tensor(tensor)
+                digests[tensor] = tensor_digest(value)
+                return value
+
+            write_pieces(self.directory / name, {i.name: (i.dtype, i.shape, i.nbytes) for i in pieces}, load)
         return digests
 
     def _copy_files(self) -> None:

@@ -23,14 +23,24 @@ def weight_fingerprint(q: QuantizedLinear) -> str:
     The same for every format that holds it and for any device; blocks of NVFP4 that share a scale count one by one,
     as files hold them.
     """
+    return digest_of(*values_of(q))
+
+
+def values_of(q: QuantizedLinear) -> tuple[str, list[torch.Tensor]]:
+    """What `digest_of` makes a linear's fingerprint of, on the CPU."""
     group = min(q.group_size, NVFP4_BLOCK) if q.grid == "nvfp4" else q.group_size
     scales = q.scales.repeat_interleave(q.group_size // group, 1)
     outer = struct.pack("<f", 0.0 if q.global_scale is None else q.global_scale).hex()
-    digest = hashlib.sha256(f"{q.grid} {list(q.codes.shape)} {group} {outer} ".encode())
     codes = pack_bytes(q.codes) if q.in_features % 2 == 0 else q.codes
-    for part in (codes, scales.float(), q.zeros):
-        if part is not None:
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    parts = [part.detach().cpu().contiguous() for part in (codes, scales.float(), q.zeros) if part is not None]
+    return f"{q.grid} {list(q.codes.shape)} {group} {outer} ", parts
+
+
+def digest_of(head: str, parts: list[torch.Tensor]) -> str:
+    """SHA-256, in hex, of words and tensors' bytes."""
+    digest = hashlib.sha256(head.encode())
+    for part in parts:
+        digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -43,10 +53,7 @@ def fingerprint_holds(q: QuantizedLinear, stated: str) -> bool:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256, in hex, of a stored tensor: its dtype, its shape and its bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_of(f"{tensor.dtype} {list(tensor.shape)} ", [tensor.detach().cpu().contiguous()])
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

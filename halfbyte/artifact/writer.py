@@ -20,9 +20,9 @@ from safetensors import safe_open
 from halfbyte.algo import Solved
 from halfbyte.artifact.assemble import Assembly, note_of
 from halfbyte.artifact.check_files import MANIFEST
-from halfbyte.artifact.fingerprint import weight_fingerprint
+from halfbyte.artifact.fingerprint import digest_of, values_of, weight_fingerprint
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import TEMPORARY, link_or_copy, make_directory, write_json, write_tensors
+from halfbyte.files import TEMPORARY, in_threads, link_or_copy, make_directory, write_json, write_tensors
 from halfbyte.formats import Format, get_format
 from halfbyte.models import Checkpoint
 from halfbyte.models.checkpoint import read_json
@@ -34,7 +34,7 @@ PARTIAL = ".partial"
 TUNED = "tuned"
 STATE = "work.json"
 SHARD_BYTES = 1 << 30
-"""Largest shard; one shard is held in memory while it is written."""
+"""Largest shard."""
 
 
 class ArtifactWriter:
@@ -99,13 +99,14 @@ class ArtifactWriter:
         """Keep one block: pack its linears, note what each became, write both in one file."""
         packed: dict[str, torch.Tensor] = dict(tensors)
         report: dict[str, Any] = {}
-        for name, solved in linears.items():
+        marks = in_threads(lambda values: digest_of(*values), [values_of(solved.q) for solved in linears.values()])
+        for (name, solved), mark in zip(linears.items(), marks):
             packed |= self.format.pack(name, solved.q)
             report[name] = {
                 "scheme": {"grid": solved.q.grid, "group_size": solved.q.group_size},
                 "error": {"relative": solved.relative_error},
                 "damp": solved.damp,
-                "fingerprint": weight_fingerprint(solved.q),
+                "fingerprint": mark,
             }
         told = {"linears": report, "seconds": seconds, "notices": list(notices), "experts": experts or {}}
         note = json.dumps(told, sort_keys=True)

@@ -73,20 +73,26 @@ class _Ahead:
         return tensors
 
 
+def structure_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformers model that config.json describes, without weights. The first one of its class takes seconds, in
+    which Python imports it. Raises HalfbyteError, in one line, where there is none."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers may raise anything for a config that makes no sense
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HalfbyteError(f"{checkpoint.path}/config.json describes no model: {reason}") from error
+
+
 class Skeleton:
     """One model, streamed. `device` and `dtype` (bfloat16) are where and in what blocks are run."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.family: Family = family_of(checkpoint.config)
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-            config.use_cache = False
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except Exception as error:  # transformers may raise anything for a config that makes no sense
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise HalfbyteError(f"{checkpoint.path}/config.json describes no model: {reason}") from error
+        model = structure_of(checkpoint, dtype)
         unfuse(model, self.family)
         self.model: nn.Module = model.eval()
         self.inner: nn.Module = model.model

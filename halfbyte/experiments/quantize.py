@@ -7,15 +7,17 @@ import json
 import resource
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfbyte.artifact import ArtifactWriter, read_manifest
+from halfbyte.artifact import ArtifactWriter, read_manifest, work_of
 from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
 from halfbyte.engine import BlockResult, Job, Skeleton, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
+from halfbyte.engine.skeleton import structure_of
 from halfbyte.engine.tune import SCHEDULES, train
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
@@ -76,7 +78,13 @@ def quantize(
     place = _set_directory(calibration)
     with locked(output):
         data = calibration_for(recipe, path, calibration, device, progress)
-        fingerprint = checkpoint.fingerprint()
+        with ThreadPoolExecutor(1) as apart:
+            hashing = apart.submit(checkpoint.fingerprint)
+            if not work_of(output):  # while gigabytes are read, what takes seconds and is needed next gets ready
+                structure_of(checkpoint)
+                if device.startswith("cuda"):
+                    torch.zeros(1, device=device)
+            fingerprint = hashing.result()
         work = work_id(recipe, fingerprint, data.sha256 if data else None)
         writer = ArtifactWriter(output, checkpoint, recipe, plans, work)
         started = time.monotonic()

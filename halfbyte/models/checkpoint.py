@@ -121,7 +121,8 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file to take tensors from. Raises HalfbyteError, in one line, where it cannot be read."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -262,7 +263,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise HalfbyteError(f"{self.path} lacks the tensor {name}: is the model whole?")
-        with _opened(info.file) as handle:
+        with opened(info.file) as handle:
             return handle.get_tensor(name)
 
     def load_all(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -273,7 +274,7 @@ class Checkpoint:
                 wanted.setdefault(info.file, []).append(name)
         loaded = {}
         for file, names in wanted.items():
-            with _opened(file) as handle:
+            with opened(file) as handle:
                 for name in names:
                     loaded[name[len(prefix) :]] = handle.get_tensor(name)
         return loaded
