@@ -206,7 +206,8 @@ def side(found: Sequence[float], engine: Engine) -> dict[str, Any]:
 def report(source: Path, args: argparse.Namespace, speeds: Mapping[str, Any], seconds: float) -> str:
     """The sweep's Markdown under the command that made it."""
     any_speed = next(iter(speeds.values()), {})
-    shared = sorted({f"{name} as {bench['measured_as']}" for name, bench in speeds.items()})
+    pairs = ((name, bench["measured_as"]) for name, bench in speeds.items())
+    shared = sorted(f"{name} as {other}" for name, other in pairs if name != other)
     head = [
         f"# The strategy's matrix on {any_speed.get('hardware')}",
         "",
@@ -219,7 +220,7 @@ def report(source: Path, args: argparse.Namespace, speeds: Mapping[str, Any], se
         "",
         f"tokens/s: offline generation in vLLM, {args.tokens.replace(',', ' tokens in and ')} out, all sequences "
         f"started at once, {args.repeats} repeats, KV cache of 16 bits. Cells that vLLM serves alike share a "
-        f"measurement: {', '.join(shared)}.",
+        f"measurement: {', '.join(shared) or 'none of these'}.",
         "",
         *table_speeds(speeds),
         "",

@@ -127,10 +127,10 @@ class Roofline(Data):
     evidence: Evidence
 
     def efficiency(self, format_name: str, kernel: str) -> Efficiency:
-        """What a kernel reaches with that format ("bf16": the baseline)."""
+        """What a kernel reaches with that format ("bf16": the baseline); its name may end with a KV cache."""
         if format_name == "bf16":
             return self.bf16
-        return self.kernels.get(format_name, {}).get(kernel, self.four_bit)
+        return self.kernels.get(format_name, {}).get(kernel.partition(",")[0], self.four_bit)
 
 
 class Pins(Data):

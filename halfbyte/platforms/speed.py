@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -123,15 +123,20 @@ class SpeedTable(Data):
     ) -> tuple[SpeedRow, ...]:
         """The kernels that may serve a format (and its declared variant).
 
-        kv_cache   the KV cache that will be served with ("fp8"): where some rows were measured with it, those alone
+        kv_cache   the KV cache that will be served with ("fp8"): of each kernel the row that was measured with it;
+                   where none was, the one with the KV cache that vLLM has by itself
         """
         rows = tuple(
             row
             for row in self.rows
             if row.format == format_name and (variant is None or not row.variants or variant in row.variants)
         )
-        same = tuple(row for row in rows if kv_cache is None or row.kv_cache == kv_cache)
-        return same or rows
+        if kv_cache is None:
+            return rows
+        kept: dict[tuple[tuple[str, Any], ...], SpeedRow] = {}
+        for row in sorted(rows, key=lambda row: (row.kv_cache != kv_cache, row.kv_cache != "auto")):
+            kept.setdefault((("", row.kernel.split(",")[0]), *sorted(row.own_flags.items())), row)
+        return tuple(row for row in rows if row in kept.values())
 
     def speedup(self, row: SpeedRow, concurrency: int) -> float:
         """How many times faster than BF16 at the nearest measured concurrency (below 1: slower)."""

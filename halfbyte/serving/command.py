@@ -149,8 +149,8 @@ def _kernel(
 ) -> tuple[Flags, str]:
     """Flags for the kernel that measured fastest at the nearest concurrency, and a sentence that says by how much.
 
-    Those measured with the KV cache that is served are compared, where there are any: which cache it is, is not a
-    question of speed alone.
+    Of each kernel the figure counts that was taken with the KV cache that is served, where there is one: which cache it
+    is, is not a question of speed alone.
     """
     if format_name is None or not platform.speed:
         return {}, ""

@@ -22,6 +22,8 @@ RECIPES = {
     "modelopt": Recipe.model_validate({"method": "nvfp4", "group_size": 16}),
 }
 LEVELS = [1, 16, 64, 256]
+SPREAD = 0.135
+"""How far a median of three may lie from the next run's: they spread by up to 18 % at 4 to 16 sequences."""
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,11 @@ def llama(of):
 @pytest.mark.parametrize("row", TABLE.rows, ids=lambda row: f"{row.format}-{row.kernel}")
 def test_the_roofline_meets_what_it_was_fitted_to(llama, row):
     prints = footprints(RECIPES.get(row.format, RECIPES["gptq"]), llama)
-    works = work_of(prints, 0, 32, 32, KVShape(8, 128, (None,) * 32), "auto")
+    works = work_of(prints, 0, 32, 32, KVShape(8, 128, (None,) * 32), row.kv_cache)
     work = works[1] if row.format == "bf16" else works[0]
     kernel = H100.roofline.efficiency(row.format, row.kernel)
     for level, seconds in row.seconds.items():
-        assert batch_seconds(work, H100, kernel, Load(level, 128, 128)) == pytest.approx(seconds, rel=0.1)
+        assert batch_seconds(work, H100, kernel, Load(level, 128, 128)) == pytest.approx(seconds, rel=SPREAD)
     assert batch_seconds(work, H100, kernel, Load(16, 2048, 0)) == pytest.approx(row.prefill, rel=0.1)
 
 
@@ -83,9 +85,9 @@ def test_near_is_half_to_twice_the_size():
 def test_measured_gains_are_those_of_the_table(llama):
     plan = make_plan(llama, None, [H100], 8192, LEVELS)
     served = {gain["concurrency"]: gain for gain in plan["speed"][0]["served"]}
-    assert {c: gain["gain"] for c, gain in served.items()} == {1: 1.70, 16: 1.57, 64: 1.25, 256: 0.95}
+    assert {c: gain["gain"] for c, gain in served.items()} == {1: 1.73, 16: 1.37, 64: 1.29, 256: 0.97}
     assert {gain["basis"] for gain in served.values()} == {"measured"}
-    assert served[1]["tokens_per_second"] == pytest.approx(128 / 0.494, abs=0.1)
+    assert served[1]["tokens_per_second"] == pytest.approx(128 / 0.474, abs=0.1)
     assert all(gain["kernel"] == "Humming" and gain["flags"] == "--linear-backend humming" for gain in served.values())
     (gain,) = plan["strategy"]["gain"]
     assert (gain["holds"], gain["fails"], gain["slower"]) == ([1], [16, 64, 256], [256])
@@ -93,7 +95,7 @@ def test_measured_gains_are_those_of_the_table(llama):
 
 
 def test_a_concurrency_between_says_where_it_was_measured(llama):
-    served = make_plan(llama, None, [H100], 8192, [8, 4000])["speed"][0]["served"]
+    served = make_plan(llama, None, [H100], 8192, [12, 4000])["speed"][0]["served"]
     assert (served[0]["measured_at"], served[0]["basis"]) == (16, "measured")
     assert (served[1]["measured_at"], served[1]["basis"]) == (None, "roofline")
 
@@ -112,10 +114,10 @@ def test_another_size_or_version_gets_the_roofline(llama, of):
 def test_the_table_at_the_context_asked_for(llama):
     plan = make_plan(llama, None, [H100, MI325X], 8192, LEVELS)
     text = render_plan(plan, explain=True)
-    assert "The same at 8,192 tokens" in text and "1.58x m" in text
+    assert "The same at 8,192 tokens" in text and "1.61x m" in text
     assert max(len(line) for line in text.splitlines()[1:]) <= 80
     assert "The same at" not in render_plan(make_plan(llama, None, [H100], 512, LEVELS))
-    assert "m@16" in render_plan(make_plan(llama, None, [H100], 512, [8]))
+    assert "m@16" in render_plan(make_plan(llama, None, [H100], 512, [12]))
 
 
 def test_no_peaks_no_figure(llama):
@@ -128,14 +130,16 @@ def test_no_peaks_no_figure(llama):
 def test_strategy_and_evidence_disagree_and_both_are_shown(llama):
     plan = make_plan(llama, None, [H100], 8192, LEVELS)
     rows = {row["concurrency"]: row for row in plan["strategy"]["disagreements"]}
-    assert set(rows) == {16, 64, 256}
-    assert rows[256]["strategy"]["kernel"] == "Marlin" and rows[256]["strategy"]["gain"] == 0.62
-    assert [entry["gain"] for entry in rows[256]["evidence"]] == [1.06, 1.03, 0.95]
-    assert "GPTQ with Machete (1.03x)" in rows[256]["do"] and "--linear-backend humming" in rows[256]["do"]
+    assert set(rows) == {1, 16, 64, 256}
+    assert rows[256]["strategy"]["kernel"] == "Marlin, FP8 KV cache" and rows[256]["strategy"]["gain"] == 0.63
+    assert [entry["gain"] for entry in rows[256]["evidence"]] == [1.10, 1.00, 0.97]
+    assert (
+        "GPTQ with Machete, FP8 KV cache (1.10x)" in rows[256]["do"] and "--linear-backend humming" in rows[256]["do"]
+    )
     assert all(row["near"] and "Decision Guide" in row["source"] for row in rows.values())
     assert disagreements([H100, MI325X], list(RECIPES.values()), LEVELS, Model(8 * 10**9)) == []
     text = " ".join(render_plan(plan).split())
-    assert "measured 0.62x BF16" in text and "does not hold at 16, 64, 256" in text
+    assert "measured 0.63x BF16" in text and "does not hold at 16, 64, 256" in text
 
 
 def test_a_promise_counts_every_concurrency():

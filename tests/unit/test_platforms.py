@@ -76,13 +76,20 @@ def test_what_cannot_load_says_why():
 def test_measured_speed_of_the_h100():
     (table,) = load_platform("h100").speed
     assert table.evidence.kind == "measured" and table.evidence.vllm == "0.26.0"
-    (gptq,) = table.rows_for("gptq")
-    assert [round(table.speedup(gptq, c), 2) for c in (1, 16, 256)] == [1.58, 1.50, 1.03]
-    (marlin,) = table.rows_for("modelopt", "W4A16_NVFP4")
+    (gptq,) = table.rows_for("gptq", kv_cache="auto")
+    assert [round(table.speedup(gptq, c), 2) for c in (1, 16, 256)] == [1.61, 1.51, 1.09]
+    (marlin,) = table.rows_for("modelopt", "W4A16_NVFP4", "auto")
     assert marlin.kernel == "Marlin" and round(table.speedup(marlin, 256), 2) == 0.62
-    assert {row.kernel for row in table.rows_for("modelopt", "NVFP4")} == {"Marlin", "Humming"}
-    assert [table.nearest(c) for c in (0, 1, 30, 40, 100, 200, 9999)] == [1, 1, 16, 64, 64, 256, 256]
+    assert {row.kernel for row in table.rows_for("modelopt", "NVFP4", "auto")} == {"Marlin", "Humming"}
+    assert [table.nearest(c) for c in (0, 1, 30, 40, 90, 200, 9999)] == [1, 1, 16, 64, 64, 256, 256]
     assert table.covers("0.26.1") and not table.covers("0.32.0+cpu") and not table.covers("0.25.3")
+
+
+def test_a_kernel_not_measured_with_that_kv_cache_is_not_left_out():
+    (table,) = load_platform("h100").speed
+    assert [row.kernel for row in table.rows_for("gptq", kv_cache="fp8")] == ["Machete, FP8 KV cache"]
+    assert [row.kernel for row in table.rows_for("modelopt", "NVFP4", "fp8")] == ["Humming", "Marlin, FP8 KV cache"]
+    assert len(table.rows_for("modelopt", "NVFP4")) == 3
 
 
 @pytest.mark.parametrize(
@@ -148,7 +155,7 @@ def test_the_users_evidence_comes_first_when_it_is_newer(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(yaml.safe_load(OWN.replace("2027", "2020")), default=str))
     (tmp_path / "notes.txt").write_text("not evidence")
     dates = [str(table.date) for table in load_platform("h100", [tmp_path]).speed]
-    assert dates == ["2027-01-02", "2026-11-24", "2020-01-02"]
+    assert dates == ["2027-01-02", "2026-11-25", "2020-01-02"]
     assert len(load_platform("h100", [tmp_path / "a.yaml"]).speed) == 2
     assert load_platform("mi325x", [tmp_path]).speed == ()
     assert len(load_evidence([tmp_path / "nowhere"])) == len(load_evidence()) == 1
