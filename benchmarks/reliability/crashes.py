@@ -46,11 +46,13 @@ TIMES = {
     "cost", "sharing", "completion",
 }  # fmt: skip
 """Keys of result files that tell of the run and not of the model."""
+KEPT = "torchinductor_"
+"""What torch keeps in the temporary directory from one run to the next."""
 WAIT_S = 30.0
 """How long what a killed run started may take to end by itself."""
 UNLIKE = {"run.json", "vllm.log", "README.md", "report.html", "report.md", "sweep-report.html"}
 """Files that hold times."""
-STAND_IN = {"pids", "batches", "argv", "starts"}
+STAND_IN = {"pids", "batches", "argv", "starts", "left"}
 """What the stand-in for vLLM writes into the model's directory."""
 
 
@@ -170,7 +172,8 @@ def _left_behind(bench: Bench, out: Path) -> list[str]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if probe.connect_ex(("127.0.0.1", int(port))) == 0:
                 found.append(f"port {port}")
-    return found + [f"temporary {name}" for name in listing(Path(bench.env["TMPDIR"]))]
+    left = listing(Path(bench.env["TMPDIR"]))
+    return found + [f"temporary {name}" for name in left if not name.startswith(KEPT)]
 
 
 def _processes(bench: Bench, out: Path) -> list[int]:

@@ -6,18 +6,23 @@ It stops COMMAND and everything that it started when the read end PIPE reports e
 died in whatever way), when PARENT is no longer its parent, when it is told to end, or when COMMAND ends by itself.
 On Linux it adopts orphans below it (PR_SET_CHILD_SUBREAPER), so a grandchild whose own parent is gone is found too,
 and COMMAND is killed should the supervisor itself be (PR_SET_PDEATHSIG). COMMAND has GRACE seconds to end when asked
-to. Exit status: COMMAND's.
+to. What it leaves of sockets and temporary files goes with it: its TMPDIR is a directory of its own (vLLM leaves both
+there, even when it ends in peace). Exit status: COMMAND's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +30,9 @@ PR_SET_CHILD_SUBREAPER = 36
 LEFTOVERS_S = 2.0
 """How long what is left behind has between SIGTERM and SIGKILL."""
 GIVE_UP_S = 10.0
+SOCKET_NAME = 37
+"""Characters that vLLM's sockets add to the directory's name; of both the system takes SOCKET_PATH."""
+SOCKET_PATH = 107
 LINUX = sys.platform == "linux"
 
 
@@ -44,18 +52,42 @@ def main() -> int:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
+    scratch = own_scratch()
     try:
-        child = subprocess.Popen(command, preexec_fn=in_child, stdin=subprocess.DEVNULL)
+        env = {**os.environ, "TMPDIR": scratch} if scratch else None
+        child = subprocess.Popen(command, preexec_fn=in_child, stdin=subprocess.DEVNULL, env=env)
     except OSError as error:
         print(f"error: {command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        forget(scratch)
         return 127
     while child.poll() is None and os.getppid() == parent:
         ready, _, _ = select.select([pipe, wake_read], [], [], 1.0)
         if pipe in ready or (wake_read in ready and ending & set(os.read(wake_read, 64))):
             break
     stop(child, grace)
+    forget(scratch)
     status = child.returncode
     return status if status is not None and status >= 0 else 128 - (status or 0)
+
+
+def own_scratch() -> str | None:
+    """A temporary directory for the command, in which what torch keeps from one run to the next lies where it always
+    does; None where none can be made, or none whose name is short enough for a socket in it."""
+    usual = tempfile.gettempdir()
+    short = len(usual) + len("/hb-12345678") + SOCKET_NAME <= SOCKET_PATH
+    try:
+        scratch = tempfile.mkdtemp(prefix="hb-", dir=usual if short else "/tmp")
+        name = "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        os.makedirs(os.path.join(usual, name), exist_ok=True)
+        os.symlink(os.path.join(usual, name), os.path.join(scratch, name))
+        return scratch
+    except (OSError, KeyError, ImportError):
+        return None
+
+
+def forget(scratch: str | None) -> None:
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def stop(child: subprocess.Popen, grace: float) -> None:

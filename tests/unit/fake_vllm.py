@@ -18,7 +18,7 @@ from pathlib import Path
 
 VERSION = "0.32.0+cpu"
 SCRIPT = r"""
-import http.server, json, os, signal, subprocess, sys, time
+import http.server, json, os, signal, subprocess, sys, tempfile, time
 
 if sys.argv[1:] == ["--version"]:
     print("{version}")
@@ -76,6 +76,9 @@ with open(os.path.join(directory, "pids"), "w") as handle:
     handle.write(f"{{os.getpid()}} {{child.pid}}")
 with open(os.path.join(directory, "argv"), "w") as handle:
     handle.write(" ".join(sys.argv))
+left = tempfile.mkstemp(prefix="vllm_dist_")[1]  # as vLLM leaves its sockets
+with open(os.path.join(directory, "left"), "w") as handle:
+    handle.write(left)
 with open(os.path.join(directory, "starts"), "a") as handle:
     handle.write("start\n")
 if mode == "die":

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,12 +41,17 @@ def alive(pid):
         return False
 
 
+def left(directory):
+    """The temporary file that the stand-in made."""
+    return Path((directory / "left").read_text())
+
+
 def gone(directory, within=20.0):
-    """Whether every process that the stand-in started ends; waits for it."""
+    """Whether every process that the stand-in started ends, and its temporary files go; waits for it."""
     deadline = time.monotonic() + within
-    while any(map(alive, pids(directory))) and time.monotonic() < deadline:
+    while (any(map(alive, pids(directory))) or left(directory).parent.exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not any(map(alive, pids(directory)))
+    return not any(map(alive, pids(directory))) and not left(directory).parent.exists()
 
 
 def test_a_server_finds_the_memory_that_torch_kept(install, tmp_path, monkeypatch):
@@ -75,16 +81,27 @@ def test_a_server_answers_and_leaves_nothing(install, tmp_path):
     with server(install, tmp_path, progress=progress) as running:
         assert running.running and running.load_seconds > 0
         assert all(map(alive, pids(tmp_path)))
+        assert left(tmp_path).exists() and left(tmp_path).parent != Path(tempfile.gettempdir())
         assert progress.done == progress.total
         facts = running.facts
         with Client(running.url) as client:
             assert client.healthy()
             assert client.model == str(tmp_path)
     assert (facts.weight_gib, facts.kv_cache_tokens, facts.kernels) == (0.25, 1024, ("FakeLinearKernel",))
-    assert not any(map(alive, pids(tmp_path)))
+    assert not any(map(alive, pids(tmp_path))) and not left(tmp_path).parent.exists()
     with Client(running.url) as client:
         assert not client.healthy()
     assert (tmp_path / "vllm.log").read_text().startswith("# FAKE=ok \\\n# ")
+
+
+def test_what_torch_keeps_outlives_the_server(install, tmp_path, monkeypatch):
+    """A cache of compiled code is worth seconds at every start; sockets are not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with server(install, tmp_path):
+        (cache,) = left(tmp_path).parent.glob("torchinductor_*")
+        (cache / "compiled").touch()
+    assert not left(tmp_path).parent.exists()
+    assert [p.parent.parent for p in tmp_path.glob("torchinductor_*/compiled")] == [tmp_path]
 
 
 def test_a_server_that_dies_gives_its_own_reason(install, tmp_path):
