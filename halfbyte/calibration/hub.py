@@ -20,7 +20,7 @@ def open_hub(source: Source) -> tuple[Any, str | None]:
     try:
         import datasets
     except ImportError:
-        raise HalfbyteError(f"hub:{source.dataset} needs `datasets`: pip install 'halfbyte[calibrate]'") from None
+        raise HalfbyteError(f"hub:{source.dataset} needs datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     assert source.dataset is not None
     try:

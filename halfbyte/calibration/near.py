@@ -65,6 +65,6 @@ def _library() -> Any:
         import datasketch
     except ImportError:
         raise HalfbyteError(
-            "near duplicates need datasketch: pip install 'halfbyte[calibrate]', or --near-duplicates off"
+            "near duplicates need datasketch: pip install datasketch, or --near-duplicates off"
         ) from None
     return datasketch

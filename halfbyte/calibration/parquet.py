@@ -21,7 +21,7 @@ def rows(path: Path, handle: IO[bytes], field: str | None, every_column: bool = 
         import pyarrow
         import pyarrow.parquet as reader
     except ImportError:
-        raise HalfbyteError(f"{path} needs pyarrow: pip install 'halfbyte[calibrate]'") from None
+        raise HalfbyteError(f"{path} needs pyarrow: pip install pyarrow") from None
     try:
         file = reader.ParquetFile(handle)
         names = file.schema_arrow.names

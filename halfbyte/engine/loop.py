@@ -35,7 +35,7 @@ from halfbyte.models import Checkpoint
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Progress, Quiet
 
-ALGORITHM_VERSION = 5
+ALGORITHM_VERSION = 6
 """Raised whenever the same inputs give other codes: it is a part of every piece of work's name."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward of a block: a GPU's products and sums want more."""

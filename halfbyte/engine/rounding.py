@@ -47,7 +47,7 @@ EDGE, FAR = 0.49, 0.99
 class Learning:
     """steps: of each block; sequences: of one step."""
 
-    steps: int = 200
+    steps: int = 170
     sequences: int = 4
 
 

@@ -274,7 +274,7 @@ def _lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise HalfbyteError("tasks need the extra `eval`: pip install 'halfbyte[eval]'") from None
+        raise HalfbyteError("tasks need lm-eval: pip install 'lm-eval[api,hf]'") from None
 
 
 def _reason(error: BaseException) -> str:

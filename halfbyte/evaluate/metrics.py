@@ -85,5 +85,5 @@ def _sacrebleu() -> Any:
     try:
         import sacrebleu.metrics
     except ImportError:
-        raise HalfbyteError("BLEU needs the extra `eval`: pip install 'halfbyte[eval]'") from None
+        raise HalfbyteError("BLEU needs sacrebleu: pip install sacrebleu") from None
     return sacrebleu.metrics

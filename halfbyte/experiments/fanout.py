@@ -247,5 +247,5 @@ def _library() -> Any:
     try:
         import ray
     except ImportError:
-        raise HalfbyteError("--ray needs Ray: pip install 'halfbyte[ray]'") from None
+        raise HalfbyteError("--ray needs Ray: pip install ray") from None
     return ray

@@ -113,7 +113,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise HalfbyteError("the demo model needs the extra `demo`: pip install 'halfbyte[demo]'") from error
+        raise HalfbyteError("the demo model needs gguf: pip install gguf") from error
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=config, dtype=torch.bfloat16

@@ -232,7 +232,7 @@ def test_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, capsys
     random_set().save(place / "set")
     words = ["quantize", place / "m", "-r", "B3", "--calibration", place / "set", "-o", place / "none"]
     assert halfbyte(*words, "--device", "cpu", "--ray", "local") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "halfbyte: --ray needs Ray: pip install 'halfbyte[ray]'"
+    assert capsys.readouterr().err.splitlines()[-1] == "halfbyte: --ray needs Ray: pip install ray"
 
 
 def test_an_address_where_nobody_is(place: Path, tmp_path: Path) -> None:
