@@ -86,7 +86,7 @@ class SharedPass:
 
     @property
     def statistics(self) -> float:
-        """Seconds of the pass beside solving and writing. Workers apart solve meanwhile, and where a GPU solves, a thread
+        """Seconds of the pass beside solving and writing. Workers apart solve meanwhile; where a GPU solves, a thread
         writes meanwhile (engine.solving.Keeping)."""
         writing = 0.0 if self.device.startswith("cuda") else self.writing
         return max(0.0, self.total - writing - (0.0 if self.workers.apart else self.solving))

@@ -145,7 +145,7 @@ def test_tasks_that_are_not_there(models, tokenizer, data, tmp_path):
 def test_a_missing_extra_is_one_line(models, tokenizer, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[eval\]'"):
+    with pytest.raises(HalfbyteError, match=r"tasks need lm-eval: pip install 'lm-eval\[api,hf\]'"):
         evaluate_tasks(Pair(*models[1], tokenizer, ("base", "tiny")), data=data)
-    with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[eval\]'"):
+    with pytest.raises(HalfbyteError, match="BLEU needs sacrebleu: pip install sacrebleu"):
         bleu_statistics("a", ["a"])
