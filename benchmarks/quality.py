@@ -185,7 +185,7 @@ def peer_files(
     python: Path | None = None,
 ) -> list[Candidate]:
     """What the peers make of the model, each in a process of its own; only those that have a row to make."""
-    tokens, found = calibration.save(scratch / "tokens"), []
+    found = []
     for index, peer in enumerate(rivals):
         key = row_key(peer.label, calibration.sha256, packages=peer.packages, options=peer.options)
         candidate = Candidate(peer.label, key)
@@ -193,7 +193,7 @@ def peer_files(
         if not _wanted(candidate, tables):
             continue
         place = scratch / f"peer-{index}"
-        measured, versions = run_peer(peer, model, tokens, place, python)
+        measured, versions = run_peer(peer, model, calibration.save(place / "tokens"), place, python)
         if measured.status:
             candidate.facts = {"error": measured.reason}
             continue

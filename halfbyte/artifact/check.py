@@ -39,6 +39,7 @@ from halfbyte.artifact.check_values import check_values
 from halfbyte.artifact.findings import Findings
 from halfbyte.artifact.writer import work_of
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import DTYPES
 from halfbyte.formats import Format, columns, detect_format
 from halfbyte.models import Family, family_of, unfuse
 from halfbyte.models.checkpoint import read_json
@@ -46,10 +47,6 @@ from halfbyte.types import Progress, Quiet, Scheme
 
 _BROKEN = (HalfbyteError, ValueError, TypeError, KeyError, AttributeError, IndexError, re.error)
 """What reading a config or tensors that someone damaged may raise."""
-_NAMES = {
-    torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
-}  # fmt: skip
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -218,7 +215,7 @@ class _Check:
             except HalfbyteError as error:
                 self.findings.add("config", name, str(error))
                 continue
-            wanted |= {n: _Wanted((_NAMES[dtype],), shape) for n, (dtype, shape) in expected.items()}
+            wanted |= {n: _Wanted((DTYPES[dtype],), shape) for n, (dtype, shape) in expected.items()}
         return wanted
 
     def _compare(self, wanted: dict[str, _Wanted]) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import in_threads
+from halfbyte.files import DTYPES, in_threads
 
 MAX_HEADER = 32 << 20
 """Bytes of the largest header that is read: some 300,000 tensors. (The format allows 100 MB.)"""
@@ -47,8 +47,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ class SpeedTable(Data):
         )
         if kv_cache is None:
             return rows
-        kept: dict[tuple[tuple[str, Any], ...], SpeedRow] = {}
+        kept: dict[Any, SpeedRow] = {}
         for row in sorted(rows, key=lambda row: (row.kv_cache != kv_cache, row.kv_cache != "auto")):
-            kept.setdefault((("", row.kernel.split(",")[0]), *sorted(row.own_flags.items())), row)
+            kept.setdefault((row.kernel.partition(",")[0], frozenset(row.own_flags.items())), row)
         return tuple(row for row in rows if row in kept.values())
 
     def speedup(self, row: SpeedRow, concurrency: int) -> float:
