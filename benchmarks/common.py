@@ -15,7 +15,7 @@ import torch
 
 from halfbyte.calibration import CalibrationSet, build
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.experiments.quantize import load_tokenizer
+from halfbyte.models.library import load_tokenizer
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.recipe.loader import recipe_from_mapping
 

@@ -25,8 +25,9 @@ from halfbyte.evaluate.reference import BATCH_TOKENS, Reference, reference_of
 from halfbyte.evaluate.scoring import Head, token_statistics
 from halfbyte.evaluate.windows import batches
 from halfbyte.experiments.evaluating import MIXED
-from halfbyte.experiments.quantize import load_model, load_tokenizer, quantize
+from halfbyte.experiments.quantize import quantize
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.recipe import Recipe
 
 Seconds = tuple[float, float]

@@ -50,9 +50,9 @@ from halfbyte.artifact import ArtifactWriter
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import Job, quantize_blocks
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.experiments.quantize import load_model
 from halfbyte.experiments.quantize import tune as train
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_model
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe import Recipe
 

@@ -15,8 +15,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import TokenScores, Windows, noise_floor, summary, text_windows
 from halfbyte.evaluate.scoring import logits_of, pair_statistics, scored_positions
 from halfbyte.evaluate.windows import batches
-from halfbyte.experiments.quantize import load_model, load_tokenizer
 from halfbyte.models import Checkpoint, family_of
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.recipe import Recipe
 
 WINDOW, FEW, MANY = 512, 10, 40

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from halfbyte.algo import get_grid, rtn
 from halfbyte.artifact.fingerprint import weight_fingerprint
 from halfbyte.formats import get_format
-from halfbyte.models import family_of, hash_file
+from halfbyte.hashing import hash_file
+from halfbyte.models import family_of
 from halfbyte.types import QuantizedLinear, Scheme
 from tests.tiny import make_tiny
 

@@ -46,9 +46,9 @@ from halfbyte import sweep
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import text_windows
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
-from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.files import make_directory, write_json, write_text
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_tokenizer
 from halfbyte.serving import find_vllm
 
 BASELINE = "baseline"

@@ -42,9 +42,10 @@ from halfbyte.evaluate.served import LIMIT, format_of, judge
 from halfbyte.experiments.cells import resolve_cells
 from halfbyte.experiments.matrix import load_matrix
 from halfbyte.experiments.production import Production
-from halfbyte.experiments.quantize import device_of, load_model, load_tokenizer
+from halfbyte.experiments.quantize import device_of
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.platforms import Platform, load_platform
 from halfbyte.serving import Client, Server, VllmInstall, declared_variant, find_vllm, perplexity, serve_command
 from halfbyte.serving.probe import FAITHFUL

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from halfbyte.artifact.fingerprint import sealed
-from halfbyte.models import TensorInfo, hash_file
+from halfbyte.hashing import hash_file
+from halfbyte.models import TensorInfo
 from halfbyte.models.checkpoint import read_header
 
 MANIFEST, INDEX = "halfbyte.json", "model.safetensors.index.json"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,14 @@ from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import TEMPORARY, in_threads, write_atomically, write_json, write_pieces, write_text
 from halfbyte.formats import Format
-from halfbyte.models import Checkpoint, family_of, hash_file
+from halfbyte.hashing import hash_file
+from halfbyte.models import Checkpoint, family_of
 from halfbyte.models.checkpoint import TensorInfo, opened, read_header
 from halfbyte.plan.layers import LinearPlan
 from halfbyte.recipe.schema import Recipe
 
-WRITERS = 4
-"""Weight files that are written at the same time: a disk gets no faster with more."""
+WRITERS = 8
+"""Weight files that are written and hashed at the same time: hashing takes longer than a disk does."""
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
 
@@ -49,16 +51,19 @@ class Assembly:
         self.format, self.parts = form, parts
         self._tuning: dict[str, Any] | None = None
         self._experts: dict[str, Any] = {}
+        self._marks: dict[str, str] = {}
 
-    def write(self, work: str, facts: dict[str, Any], shard_bytes: int) -> dict[str, Any]:
+    def write(self, work: str, facts: Callable[[], dict[str, Any]], shard_bytes: int) -> dict[str, Any]:
         """Write everything, the manifest last; returns it.
 
         work          its id (halfbyte.engine.work_id)
-        facts         go into the manifest; their `versions` and `notices` join those that are known here
+        facts         asked when the weights are written, for the manifest; their `versions` and `notices` join those
+                      that are known here
         shard_bytes   the largest shard
         """
         linears, solving, notices = self._reports()
         tensors = self._write_shards(shard_bytes)
+        told = facts()
         self._copy_files()
         schemes = {p.name: p.scheme for p in self.plans}
         producer = {"name": "halfbyte", "version": str(versions()["halfbyte"])}
@@ -74,12 +79,12 @@ class Assembly:
             "schema": 1,
             "kind": "manifest",
             "work": work,
-            **facts,
+            **told,
             "recipe": self.recipe.identity(),
-            "versions": versions() | facts.get("versions", {}),
+            "versions": versions() | told.get("versions", {}),
             "git": git_commit(),
             "solving_seconds": round(solving, 3),
-            "notices": [*facts.get("notices", []), *notices],
+            "notices": [*told.get("notices", []), *notices],
             "tuning": self._tuning,
             "experts": self._experts or None,
             **self._sizes(linears),
@@ -134,29 +139,31 @@ class Assembly:
         digests: dict[str, str] = {}
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for name, found in zip(names, in_threads(self._write_shard, zip(names, shards), WRITERS)):
+        for name, (found, mark) in zip(names, in_threads(self._write_shard, zip(names, shards), WRITERS)):
             places |= dict.fromkeys(found, name)
             digests |= found
+            self._marks[name] = mark
         if len(shards) > 1:
             total = sum(info.nbytes for pieces in shards for info in pieces)
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         return digests
 
-    def _write_shard(self, shard: tuple[str, Sequence[TensorInfo]]) -> dict[str, str]:
-        """One weight file, tensor by tensor; returns their digests by name."""
+    def _write_shard(self, shard: tuple[str, Sequence[TensorInfo]]) -> tuple[dict[str, str], str]:
+        """One weight file, tensor by tensor; returns their digests by name, taken meanwhile, and its own hash."""
         name, pieces = shard
         infos = {info.name: info for info in pieces}
-        digests = dict.fromkeys(infos, "")
-        with ExitStack() as stack:
+        digests: dict[str, Future[str]] = {}
+        with ThreadPoolExecutor(1) as apart, ExitStack() as stack:
             handles = {f: stack.enter_context(opened(f)) for f in dict.fromkeys(info.file for info in pieces)}
 
             def load(tensor: str) -> torch.Tensor:
                 value: torch.Tensor = handles[infos[tensor].file].get_tensor(tensor)
-                digests[tensor] = tensor_digest(value)
+                digests[tensor] = apart.submit(tensor_digest, value)
                 return value
 
             write_pieces(self.directory / name, {i.name: (i.dtype, i.shape, i.nbytes) for i in pieces}, load)
-        return digests
+            found = {info.name: digests[info.name].result() for info in pieces}
+        return found, hash_file(self.directory / name)
 
     def _copy_files(self) -> None:
         extras = [self.checkpoint.path / name for name in COPIED]
@@ -182,7 +189,8 @@ class Assembly:
         skip = {MANIFEST, "README.md"}
         files = [p for p in sorted(self.directory.iterdir()) if p.is_file() and p.name not in skip]
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
-        return {p.name: {"sha256": h, "bytes": p.stat().st_size} for p, h in zip(files, in_threads(hash_file, files))}
+        marks = self._marks | {p.name: hash_file(p) for p in files if p.name not in self._marks}
+        return {p.name: {"sha256": marks[p.name], "bytes": p.stat().st_size} for p in files}
 
 
 def _dense(checkpoint: Checkpoint) -> dict[str, Any]:

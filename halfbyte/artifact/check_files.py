@@ -12,7 +12,8 @@ import yaml
 from halfbyte.artifact.findings import Findings
 from halfbyte.artifact.fingerprint import SEAL, seal_holds
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import TensorInfo, hash_file
+from halfbyte.hashing import hash_file
+from halfbyte.models import TensorInfo
 from halfbyte.models.checkpoint import TOKENIZER_FILES, read_header, read_json
 from halfbyte.types import Progress
 

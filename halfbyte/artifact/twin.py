@@ -13,7 +13,7 @@ from halfbyte.artifact.fingerprint import sealed
 from halfbyte.artifact.manifest import read_manifest
 from halfbyte.artifact.writer import work_of
 from halfbyte.files import link_or_copy, make_directory, write_json, write_text
-from halfbyte.models import hash_file
+from halfbyte.hashing import hash_file
 from halfbyte.recipe.schema import Recipe
 
 RECIPE = "recipe.yaml"

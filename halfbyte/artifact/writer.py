@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +76,13 @@ class ArtifactWriter:
             make_directory(self.partial)
             write_json(state, {"work": self.work})
 
-    def abandon(self) -> None:
-        """Take back what `open` made, where no block is kept yet: nothing of worth is lost."""
-        if _work_of(self.partial / STATE) == self.work and not any(self.partial.glob("*.safetensors")):
-            shutil.rmtree(self.partial, ignore_errors=True)
+    def abandon(self, worthless: bool = False) -> None:
+        """Take back what `open` made, where no block is kept yet, or all is worthless: nothing of worth is lost."""
+        if _work_of(self.partial / STATE) == self.work:
+            if worthless:
+                _clear(self.directory)
+            elif not any(self.partial.glob("*.safetensors")):
+                shutil.rmtree(self.partial, ignore_errors=True)
         with suppress(OSError):
             self.partial.rmdir()
 
@@ -176,9 +179,9 @@ class ArtifactWriter:
     def _file(self, block: int) -> Path:
         return self.partial / (f"block-{block:05d}.safetensors" if block >= 0 else "head.safetensors")
 
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Assemble the artifact from the kept blocks; `facts` go into the manifest (their `versions` and `notices`
-        join those that are known here). Returns the manifest."""
+    def finish(self, facts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Assemble the artifact from the kept blocks. facts: asked for when the weights are written, for the manifest
+        (their `versions` and `notices` join those that are known here). Returns the manifest."""
         whole = Assembly(self.directory, self.checkpoint, self.recipe, self.plans, self.format, self._parts())
         manifest = whole.write(self.work, facts, SHARD_BYTES)
         shutil.rmtree(self.partial, ignore_errors=True)

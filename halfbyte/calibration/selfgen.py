@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from halfbyte.calibration.cut import MIN_TOKENS
 from halfbyte.calibration.script import Script, write_script
@@ -139,6 +138,8 @@ def _judge(texts: list[_Text], budget: int, made: int, progress: Progress) -> No
 @torch.inference_mode()
 def _write(model: Any, texts: list[_Text], script: Script, progress: Progress) -> None:
     """Write one batch to its end. All texts open alike, so there is no padding; finished ones leave the cache."""
+    from transformers import DynamicCache  # here, for it takes seconds, and most commands need none
+
     active = [text for text in texts if len(text.ids) < text.target]
     cache = DynamicCache(config=model.config)
     feed = torch.tensor([text.ids for text in active], device=model.device)

@@ -71,9 +71,10 @@ def calibrate(
 ) -> None:
     """Build a calibration set: from your text, filtered, weighted and checked, or written by the model."""
     from halfbyte.calibration import make_set, spec_from_words
-    from halfbyte.experiments.quantize import device_of, load_model, load_tokenizer
+    from halfbyte.experiments.quantize import device_of
     from halfbyte.files import locked
     from halfbyte.models import resolve_model
+    from halfbyte.models.library import load_model, load_tokenizer
     from halfbyte.recipe import load_recipe
 
     if output.exists() and not output.is_dir():

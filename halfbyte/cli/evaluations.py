@@ -139,10 +139,10 @@ def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown
     from halfbyte.artifact import load_fake_quantized, work_of
     from halfbyte.evaluate.pair import Pair, Serving
     from halfbyte.evaluate.speed_machine import platform_here
-    from halfbyte.experiments.quantize import load_model, load_tokenizer
     from halfbyte.experiments.run import artifact_baseline
     from halfbyte.files import portable
     from halfbyte.models import resolve_model
+    from halfbyte.models.library import load_model, load_tokenizer
     from halfbyte.serving import find_vllm
 
     name = baseline or artifact_baseline(directory)

@@ -12,6 +12,7 @@ import typer
 from halfbyte.cli.console import Format, emit, own_command, progress
 from halfbyte.cli.workers import Count, Devices, Ray, RayWorkers, device_list, solvers
 from halfbyte.errors import UsageError
+from halfbyte.hashing import hash_ahead
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, or smollm2-135m.")]
 On = Annotated[
@@ -161,6 +162,7 @@ def quantize(
     style: Style = Format.human,
 ) -> None:
     """Make one 4-bit checkpoint. Interrupted, the same command goes on where it was."""
+    hash_ahead(model)
     from halfbyte.cli.words import artifact_words
     from halfbyte.experiments.quantize import quantize as make
     from halfbyte.recipe import load_recipe
@@ -228,6 +230,7 @@ def run(
     style: Style = Format.human,
 ) -> None:
     """The main job: plan, calibrate, quantize, check, evaluate, mitigate, serve in real vLLM, judge, report."""
+    hash_ahead(model)
     from halfbyte.cli.words import run_words
     from halfbyte.experiments.run import RunRequest
     from halfbyte.experiments.run import run as do

@@ -53,8 +53,9 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.evaluate import compare_served
     from halfbyte.evaluate.speed_machine import platform_here
-    from halfbyte.experiments.quantize import device_of, load_tokenizer
+    from halfbyte.experiments.quantize import device_of
     from halfbyte.experiments.run import own_windows, windows_of
+    from halfbyte.models.library import load_tokenizer
 
     tokenizer, device, on = load_tokenizer(directory), device_of(None), on or platform_here()
     if text:
@@ -128,10 +129,10 @@ def evaluate(
     from halfbyte.cli.words import eval_words
     from halfbyte.evaluate import write_result
     from halfbyte.experiments.evaluating import choose_windows, measure_fidelity
-    from halfbyte.experiments.quantize import load_tokenizer
     from halfbyte.experiments.run import artifact_baseline
     from halfbyte.files import portable
     from halfbyte.models import resolve_model
+    from halfbyte.models.library import load_tokenizer
 
     with progress() as shown:
         name = baseline or artifact_baseline(directory)

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from halfbyte.engine.memory import Fit, fit
 from halfbyte.engine.parts import Part
 from halfbyte.engine.skeleton import Skeleton
 from halfbyte.engine.solving import Job, Solving
+from halfbyte.engine.weights import Weights
 from halfbyte.engine.workers import Here, Seat, Workers
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import Checkpoint
+from halfbyte.models import Checkpoint, family_of
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Progress, Quiet
 
@@ -164,28 +166,31 @@ class _Pass:
         progress: Progress,
         workers: Workers | None,
     ):
-        self.checkpoint, self.jobs, self.progress = checkpoint, jobs, progress
-        self.skeleton = Skeleton(checkpoint, device)
-        self.family = self.skeleton.family
+        self.checkpoint, self.jobs, self.progress, self.device = checkpoint, jobs, progress, torch.device(device)
+        self.family = family_of(checkpoint.config)
         self.solving = Solving(self.family, workers or Here(device, progress), solve_part, progress, device)
         self.importance = Importance()
         self.statistics = jobs[0].recipe.statistics if jobs else "all"
         self.gram = any(job.recipe.needs_gram for job in jobs)
 
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model that runs the blocks; only calibration needs it."""
+        return Skeleton(self.checkpoint, str(self.device))
+
     def without_data(self) -> None:
         count = self.family.num_blocks
+        weights = Weights(self.checkpoint, self.device)
         self.progress.start("quantizing", count)
         for index in range(count):
             waiting = [j for j in self.jobs if not j.done(index)]
             if waiting:
-                tensors = self._tensors(self.skeleton.load_block(index, then=index + 1))
-                self.solving.solve(index, waiting, tensors, {})
-                self.skeleton.drop_block(index)
+                self.solving.solve(index, waiting, weights.block(index, then=index + 1), {})
             self.progress.advance(note=f"block {index + 1}/{count}")
         self._finish(None)
 
     def with_data(self, sequences: Sequence[torch.Tensor], fitted: Fit) -> None:
-        with Activations(self.skeleton.device, fitted.room) as hidden:
+        with Activations(self.device, fitted.room) as hidden:
             self._with_hidden(sequences, fitted, hidden)
 
     def _with_hidden(self, sequences: Sequence[torch.Tensor], fitted: Fit, hidden: Activations) -> None:
@@ -194,7 +199,7 @@ class _Pass:
             sequences = sample(sequences, SAMPLE_TOKENS)
         batches = make_batches(sequences, fitted.batch_tokens)
         arguments = self.skeleton.embed((ids for ids, _ in batches), hidden)[1]
-        keeps = [None if keep is None else keep.to(self.skeleton.device) for _, keep in batches]
+        keeps = [None if keep is None else keep.to(self.device) for _, keep in batches]
         shapes = [tuple(ids.shape) for ids, _ in batches]
         last = max((i for i in range(count) for j in self.jobs if not j.done(i)), default=-1)
         if any(not j.done(HEAD) for j in self._head_jobs()):
@@ -250,7 +255,7 @@ class _Pass:
         if mixture and len(plain) < len(needed):
             module: Any = block.get_submodule(mixture.experts)
             experts = ExpertInputs(module, self.gram)
-        return Collectors(block, plain, self.skeleton.device, mixture), experts
+        return Collectors(block, plain, self.device, mixture), experts
 
     def _expect(
         self,
@@ -261,7 +266,7 @@ class _Pass:
         collectors: Collectors,
         experts: ExpertInputs | None,
     ) -> None:
-        device = self.skeleton.device
+        device = self.device
         counts = {g.key: self.importance.of_group(index, g, batch, shape, device) for g in collectors.groups}
         collectors.expect(keep, counts)
         if experts:
@@ -290,10 +295,10 @@ class _Pass:
         if not waiting:
             return
         name = self.family.lm_head
-        weight = self.checkpoint.load(f"{name}.weight").to(self.skeleton.device)
+        weight = self.checkpoint.load(f"{name}.weight").to(self.device)
         stats = Stats.uniform(weight.shape[1], weight.device)
         if activations is not None:
-            collector = Collector(weight.shape[1], self.gram, self.skeleton.device)
+            collector = Collector(weight.shape[1], self.gram, self.device)
             for x, keep in zip(*activations):
                 flat = self.skeleton.normed(x).flatten(0, -2)
                 collector.add(flat if keep is None else flat[keep])

@@ -9,17 +9,16 @@ Parameters have the checkpoint's names: the experts of a mixture are linears of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from halfbyte.engine.weights import Weights
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import Checkpoint, Family, family_of, set_parameter, unfuse
+from halfbyte.models import Checkpoint, Family, set_parameter, unfuse
+from halfbyte.models.library import refuse_misfits, structure_of
 
 
 class Hidden(Protocol):
@@ -42,63 +41,19 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _Ahead:
-    """One block's tensors on their way to a GPU, on a stream of their own, while another block is worked on there."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.stream = torch.cuda.Stream(device)
-        self.thread = ThreadPoolExecutor(1)
-        self.coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
-
-    def begin(self, index: int, load: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """Have block `index` brought; one that was not taken is given up."""
-        if self.coming is None or self.coming[0] != index:
-            self.coming = (index, self.thread.submit(self._bring, load))
-
-    def take(self, index: int) -> dict[str, torch.Tensor] | None:
-        """The block's tensors, or None where another or none was begun. Raises what loading them raised."""
-        if self.coming is None or self.coming[0] != index:
-            return None
-        tensors = self.coming[1].result()
-        self.coming = None
-        for tensor in tensors.values():
-            tensor.record_stream(torch.cuda.current_stream(self.device))
-        return tensors
-
-    def _bring(self, load: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        with torch.cuda.stream(self.stream):
-            tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in load().items()}
-        self.stream.synchronize()
-        return tensors
-
-
-def structure_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The transformers model that config.json describes, without weights. The first one of its class takes seconds, in
-    which Python imports it. Raises HalfbyteError, in one line, where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        config.use_cache = False
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # transformers may raise anything for a config that makes no sense
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"{checkpoint.path}/config.json describes no model: {reason}") from error
-
-
 class Skeleton:
     """One model, streamed. `device` and `dtype` (bfloat16) are where and in what blocks are run."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        self.family: Family = family_of(checkpoint.config)
+        self.weights = Weights(checkpoint, self.device, dtype)
+        self.family: Family = self.weights.family
         model = structure_of(checkpoint, dtype)
         unfuse(model, self.family)
         self.model: nn.Module = model.eval()
         self.inner: nn.Module = model.model
         self.blocks: list[nn.Module] = list(self.inner.layers)
         self._head: torch.Tensor | None = None
-        self._ahead = _Ahead(self.device, dtype) if self.device.type == "cuda" else None
         self._fill(self.inner.embed_tokens, "model.embed_tokens.")
         self._fill(self.inner.norm, "model.norm.")
         for module in self.inner.modules():
@@ -108,14 +63,9 @@ class Skeleton:
 
     def _fill(self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
         tensors = self.checkpoint.load_all(prefix) if tensors is None else tensors
-        missing = {name for name, _ in module.named_parameters()} - set(tensors)
-        if missing:
-            raise HalfbyteError(f"{self.checkpoint.path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
-        for name, _ in list(module.named_parameters()):
-            wanted = module.get_parameter(name).shape
-            if tensors[name].shape != wanted:
-                found = f"{list(tensors[name].shape)}, and config.json makes it {list(wanted)}"
-                raise HalfbyteError(f"{self.checkpoint.path}: {prefix}{name} is {found}: do they belong together?")
+        wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+        refuse_misfits(self.checkpoint.path, wanted, {name: t.shape for name, t in tensors.items()}, prefix)
+        for name in wanted:
             set_parameter(module, name, tensors[name].to(self.device, self.dtype))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -151,10 +101,7 @@ class Skeleton:
         block = self.blocks[index]
         prefix = self.family.block(index) + "."
         if given is None:
-            self._fill(block, prefix, self._ahead.take(index) if self._ahead else None)
-            if self._ahead and then is not None and 0 <= then < len(self.blocks):
-                coming = self.family.block(then) + "."
-                self._ahead.begin(then, lambda: self.checkpoint.load_all(coming))
+            self._fill(block, prefix, self.weights.block(index, then))
         else:
             rest = {n: self.checkpoint.load(prefix + n) for n, _ in block.named_parameters() if n not in given}
             self._fill(block, prefix, given | rest)

@@ -18,8 +18,9 @@ from halfbyte.evaluate import (
     text_windows,
 )
 from halfbyte.evaluate.windows import MIXED_TOKENS
-from halfbyte.experiments.quantize import load_model, load_tokenizer, self_generated
+from halfbyte.experiments.quantize import self_generated
 from halfbyte.models import Checkpoint
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.recipe import CalibrationSpec
 from halfbyte.types import Progress
 

@@ -22,10 +22,11 @@ from halfbyte.experiments.exemptions import bits_of, choose_exemptions
 from halfbyte.experiments.gates import evaluate_gates
 from halfbyte.experiments.measurements import available
 from halfbyte.experiments.mitigation import Budget, Candidate
-from halfbyte.experiments.quantize import load_tokenizer, quantize
+from halfbyte.experiments.quantize import quantize
 from halfbyte.experiments.workshop import Workshop
 from halfbyte.files import make_directory, portable, write_json
 from halfbyte.models.checkpoint import read_json
+from halfbyte.models.library import load_tokenizer
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.plan.rules import guide
 from halfbyte.recipe import CalibrationSpec

@@ -25,9 +25,9 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows
 from halfbyte.evaluate.reference import Reference, compare_with_reference, make_reference, reference_key, window_sums
 from halfbyte.experiments.cells import Cell
-from halfbyte.experiments.quantize import load_model, load_tokenizer
 from halfbyte.files import make_directory, portable, write_json
 from halfbyte.models.checkpoint import read_json
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.types import Progress
 
 

@@ -13,6 +13,7 @@ from halfbyte.artifact.twin import link_twin
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import Errand, Seat, Workers, as_done, work_id
 from halfbyte.experiments.cells import Cell, content_key
+from halfbyte.experiments.described import tokenizer_hash
 from halfbyte.experiments.passes import SharedPass, Taker
 from halfbyte.experiments.quantize import cast_notices, manifest_facts, tune
 from halfbyte.models import Checkpoint
@@ -132,7 +133,15 @@ class Production:
         assert cell.recipe is not None
         data = self.data[cell.name]
         facts = manifest_facts(
-            self.model, self.path, writer.directory, self.fingerprint, cell.recipe, data, self.device, self.command
+            self.model,
+            self.path,
+            writer.directory,
+            self.fingerprint,
+            cell.recipe,
+            data,
+            self.device,
+            self.command,
+            tokenizer_hash(self.path),
         )
         told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans, Quiet())]
         alone = self.seconds["statistics"] + sum(cell.seconds.values())
@@ -175,5 +184,5 @@ def write_cell(
         return read_manifest(writer.directory), 0.0
     seat.progress.start(f"writing {writer.directory.name}", 1)
     tune(writer, data, seat.device, seat.progress)
-    manifest = writer.finish(facts)
+    manifest = writer.finish(lambda: facts)
     return manifest, time.monotonic() - started

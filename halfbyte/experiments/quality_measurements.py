@@ -13,8 +13,8 @@ from halfbyte.evaluate.pair import Pair, Serving
 from halfbyte.evaluate.tasks import DEFAULT, evaluate_tasks, refuse_tasks, task_words, with_named
 from halfbyte.evaluate.windows import text_windows
 from halfbyte.experiments.mitigation import KV_FLAG
-from halfbyte.experiments.quantize import load_model, load_tokenizer
 from halfbyte.files import portable, stamps
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.serving import find_vllm
 
 if TYPE_CHECKING:

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from halfbyte.artifact import ArtifactWriter, read_manifest, work_of
-from halfbyte.calibration import CalibrationSet, build, tokenizer_sha256
+from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import BlockResult, Job, Skeleton, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
-from halfbyte.engine.skeleton import structure_of
 from halfbyte.engine.tune import SCHEDULES, train
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
+from halfbyte.experiments.described import Described, tokenizer_hash
 from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
+from halfbyte.models.library import load_model, load_tokenizer, structure_of
 from halfbyte.models.licence import licence_of
 from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
@@ -76,12 +77,15 @@ def quantize(
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
     place = _set_directory(calibration)
-    with locked(output):
+    with locked(output), Described(path, device.startswith("cuda")) as described:
         data = calibration_for(recipe, path, calibration, device, progress)
         with ThreadPoolExecutor(1) as apart:
             hashing = apart.submit(checkpoint.fingerprint)
             if not work_of(output):  # while gigabytes are read, what takes seconds and is needed next gets ready
-                structure_of(checkpoint)
+                if data:
+                    structure_of(checkpoint)
+                else:
+                    described.begin()
                 if device.startswith("cuda"):
                     torch.zeros(1, device=device)
             fingerprint = hashing.result()
@@ -95,6 +99,8 @@ def quantize(
                 return read_manifest(output)
             if workers:
                 workers.open()
+            if not data:
+                described.begin()
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             if blocks and data:
@@ -102,7 +108,7 @@ def quantize(
             sequences = data.sequences if data else None
             told += quantize_blocks(
                 checkpoint,
-                [_job(writer, recipe)],
+                [_job(writer, recipe, described)],
                 sequences,
                 device,
                 progress=progress,
@@ -113,18 +119,23 @@ def quantize(
             if blocks and data:
                 blocks.keep(writer, data.sha256)
             tune(writer, data, device, progress)
+            seconds = round(time.monotonic() - started, 3)
+
+            def facts() -> dict[str, Any]:
+                tokenizer = tokenizer_hash(path) if data else described.take()
+                return {
+                    **manifest_facts(model, path, output, fingerprint, recipe, data, device, command, tokenizer),
+                    "calibration_path": seen_from(output, place) if place else None,
+                    "notices": told,
+                    "resumed": resumed,
+                    "seconds": seconds,
+                }
+
+            progress.start("writing the checkpoint", 1)
+            manifest = writer.finish(facts)
         except HalfbyteError:
-            writer.abandon()
+            writer.abandon(described.refused)
             raise
-        progress.start("writing the checkpoint", 1)
-        facts = {
-            **manifest_facts(model, path, output, fingerprint, recipe, data, device, command),
-            "calibration_path": seen_from(output, place) if place else None,
-            "notices": told,
-            "resumed": resumed,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        manifest = writer.finish(facts)
         if place is None:
             keep_tokens(data)
         progress.advance()
@@ -166,12 +177,13 @@ def manifest_facts(
     data: CalibrationSet | None,
     device: str,
     command: str | None,
+    tokenizer: str | None,
 ) -> dict[str, Any]:
-    """What a manifest says of how the artifact in `output` was made, its times and notices aside."""
+    """What a manifest says of how the artifact in `output` was made, times and notices aside. tokenizer: its hash."""
     return {
         "model": _model_facts(model, path, output, fingerprint),
         "versions": {"vllm": _vllm_version()},
-        "tokenizer_sha256": _tokenizer_hash(path),
+        "tokenizer_sha256": tokenizer,
         "calibration": data.manifest if data else None,
         "seeds": {"calibration": recipe.calibration.seed},
         "command": command,
@@ -202,8 +214,9 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
     return [notice]
 
 
-def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
+def _job(writer: ArtifactWriter, recipe: Recipe, described: Described) -> Job:
     def emit(block: int, result: BlockResult) -> None:
+        described.look()
         writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
     schemes = quantized(writer.plans)
@@ -257,41 +270,6 @@ def self_generated(
     data = build(load_tokenizer(model), spec, model=load_model(model, device), progress=progress)
     data.save(place)
     return data
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
-    from transformers import AutoTokenizer
-
-    Checkpoint(path).tokenizer_files()
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # files of a stranger may make the library raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__} {reason}"
-        raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error
-
-
-def load_model(path: Path, device: str = "cpu") -> Any:
-    """The BF16 model, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    Checkpoint(path).tensors  # noqa: B018  a missing or truncated shard gets its one line here
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
-        )
-        return model.to(device).eval()
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"{path} cannot be loaded by transformers: {reason}") from error
-
-
-def _tokenizer_hash(path: Path) -> str | None:
-    files = Checkpoint(path).tokenizer_files()
-    return tokenizer_sha256(load_tokenizer(path)) if files else None
 
 
 def _vllm_version() -> str | None:

@@ -22,13 +22,14 @@ from halfbyte.artifact.manifest import git_commit, versions
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.experiments.quantize import device_of, load_tokenizer, quantize, self_generated
+from halfbyte.experiments.quantize import device_of, quantize, self_generated
 from halfbyte.experiments.run import artifact_baseline
 from halfbyte.experiments.tokens import find_tokens
 from halfbyte.files import make_directory, portable
 from halfbyte.formats import get_format
 from halfbyte.models import Checkpoint, cache_dir, resolve_model
 from halfbyte.models.checkpoint import read_json
+from halfbyte.models.library import load_tokenizer
 from halfbyte.recipe import Recipe
 from halfbyte.recipe.loader import recipe_from_mapping
 from halfbyte.types import Progress, Quiet, Scheme

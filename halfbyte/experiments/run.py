@@ -25,7 +25,7 @@ from halfbyte.experiments.gates import ALWAYS, evaluate_gates
 from halfbyte.experiments.ground import RunGround
 from halfbyte.experiments.measurements import Measurement, available, unavailable
 from halfbyte.experiments.mitigation import Candidate, next_step, parse_budget
-from halfbyte.experiments.quantize import load_tokenizer, quantize
+from halfbyte.experiments.quantize import quantize
 from halfbyte.experiments.stages import STATE, Stages, digest
 from halfbyte.experiments.workshop import (
     CALIBRATION_SHARE,
@@ -39,6 +39,7 @@ from halfbyte.experiments.workshop import (
 from halfbyte.files import TEMPORARY, locked, portable, write_json, write_text
 from halfbyte.models import hub_id
 from halfbyte.models.checkpoint import read_json
+from halfbyte.models.library import load_tokenizer
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.report import build_report
 from halfbyte.types import Progress, Quiet

@@ -29,11 +29,12 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, bootstrap, noise_floor, set_windows
 from halfbyte.experiments.exemptions import check_budget, choose_exemptions, group_rows, write_recipe
 from halfbyte.experiments.lone import LoneMeter
-from halfbyte.experiments.quantize import calibration_for, device_of, load_tokenizer, self_generated
+from halfbyte.experiments.quantize import calibration_for, device_of, self_generated
 from halfbyte.experiments.run import HELD_OUT, TEXT_WINDOW, windows_of
 from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models import Checkpoint, cache_dir, family_of, resolve_model
 from halfbyte.models.checkpoint import read_json
+from halfbyte.models.library import load_tokenizer
 from halfbyte.plan.inventory import footprints
 from halfbyte.plan.layers import quantized
 from halfbyte.recipe import Recipe, load_recipe

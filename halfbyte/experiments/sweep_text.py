@@ -13,9 +13,10 @@ from halfbyte.calibration import CalibrationSet, build
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows, set_windows, text_windows
 from halfbyte.experiments.cells import Cell
-from halfbyte.experiments.quantize import calibration_for, load_tokenizer, self_generated
+from halfbyte.experiments.quantize import calibration_for, self_generated
 from halfbyte.experiments.run import CALIBRATION_SHARE, HELD_OUT, OWN_TEXT, TEXT_WINDOW, TEXT_WINDOWS
 from halfbyte.files import stamps
+from halfbyte.models.library import load_tokenizer
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.types import Progress
 

@@ -16,9 +16,10 @@ from halfbyte.evaluate import Windows, set_windows, text_windows
 from halfbyte.experiments.gates import resolve_gates
 from halfbyte.experiments.measurements import Asked, Subject
 from halfbyte.experiments.mitigation import KV_FLAG, Candidate, change_words, changes
-from halfbyte.experiments.quantize import device_of, load_tokenizer, self_generated
+from halfbyte.experiments.quantize import device_of, self_generated
 from halfbyte.files import portable, stamps
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_tokenizer
 from halfbyte.plan import make_plan, variant_of
 from halfbyte.plan.forecast import Forecast
 from halfbyte.plan.inventory import footprints

@@ -1,6 +1,6 @@
 """What a checkpoint holds and what a decoder block looks like, per model family."""
 
-from halfbyte.models.checkpoint import Checkpoint, TensorInfo, hash_file
+from halfbyte.models.checkpoint import Checkpoint, TensorInfo
 from halfbyte.models.experts import Expert, Experts, refuse, unfuse
 from halfbyte.models.family import FAMILIES, Family, Fold, Mixture, family_of
 from halfbyte.models.parameters import set_parameter
@@ -17,7 +17,6 @@ __all__ = [
     "TensorInfo",
     "cache_dir",
     "family_of",
-    "hash_file",
     "hub_id",
     "refuse",
     "resolve_model",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import DTYPES, in_threads
+from halfbyte.hashing import remembered_hash
 
 MAX_HEADER = 32 << 20
 """Bytes of the largest header that is read: some 300,000 tensors. (The format allows 100 MB.)"""
@@ -135,29 +135,6 @@ def opened(file: Path) -> Iterator[Any]:
     except (OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HalfbyteError(f"{file} cannot be read ({reason}): fetch it again") from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-_HASHES: dict[tuple[Path, int, int, int, int], str] = {}
-_SETTLED_S = 2.0
-"""A file that was touched less than so long ago may change again under the same time stamp."""
-
-
-def _remembered_hash(path: Path) -> str:
-    """`hash_file`, computed once in a process for a file that stays as it is (by inode, size and times)."""
-    state = path.stat()
-    key = (path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    if key in _HASHES:
-        return _HASHES[key]
-    digest = hash_file(path)
-    if time.time() - state.st_ctime > _SETTLED_S:
-        _HASHES[key] = digest
-    return digest
 
 
 def refuse_large(path: Path, limit: int = MAX_JSON) -> None:
@@ -282,7 +259,7 @@ class Checkpoint:
         """SHA-256 over config.json and every weight file's own SHA-256: names the model's contents."""
         digest = hashlib.sha256()
         files = [self.path / "config.json", *self.files]
-        for file, own in zip(files, in_threads(_remembered_hash, files)):
+        for file, own in zip(files, in_threads(remembered_hash, files)):
             digest.update(f"{file.name} {own}\n".encode())
         return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from halfbyte.artifact import load_fake_quantized
 from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.served import format_of
-from halfbyte.experiments.quantize import load_model
+from halfbyte.models.library import load_model
 from halfbyte.serving import Client, ServeCommand, Server, VllmInstall, find_vllm, serve_command
 from tests.tiny import VOCAB, make_tiny
 

@@ -24,8 +24,8 @@ from halfbyte.evaluate import Windows, compare_served, text_windows
 from halfbyte.evaluate.speed import MODEL, BenchRequest, Variant, measure
 from halfbyte.evaluate.speed_result import write_bench
 from halfbyte.evaluate.stability import Watch
-from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.library import load_tokenizer
 from halfbyte.plan import make_plan
 from halfbyte.platforms import load_platform
 from halfbyte.serving import find_vllm

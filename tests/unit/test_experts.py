@@ -376,7 +376,7 @@ def test_a_sweep_of_a_mixture_shares_what_is_the_same(model_of: Callable[..., Pa
     assert shared.solved == 2 * 2, "of each block: attention once, experts once"
     for taker in takers:
         assert not taker.cell.reason
-        manifest = taker.writer.finish({})
+        manifest = taker.writer.finish(dict)
         assert len(manifest["experts"]) == 2
         make(path, tmp_path / "alone" / taker.cell.name, recipes[taker.cell.name])
         assert digests(tmp_path / taker.cell.name) == digests(tmp_path / "alone" / taker.cell.name)

@@ -14,7 +14,7 @@ import halfbyte.types
 ROOT = Path(halfbyte.types.__file__).parent
 LEVELS = (
     ("types",),
-    ("errors",),
+    ("errors", "hashing"),
     ("files",),
     ("platforms", "recipe"),
     ("algo", "formats", "models"),

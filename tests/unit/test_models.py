@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import halfbyte.models.checkpoint as checkpoint_module
+import halfbyte.hashing as hashing
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.models import Checkpoint, family_of, hash_file, resolve_model
+from halfbyte.hashing import hash_file
+from halfbyte.models import Checkpoint, family_of, resolve_model
 from tests.tiny import FAMILIES, SPARSE, make_tiny
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
@@ -232,10 +233,10 @@ def test_a_fingerprint_follows_the_contents(tmp_path: Path) -> None:
 def test_a_file_that_rests_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, hashed = directory(tmp_path), list[str]()
     save_file({"a": torch.zeros(4)}, path / "model.safetensors")
-    monkeypatch.setattr(checkpoint_module, "hash_file", lambda file: (hashed.append(file.name), hash_file(file))[1])
+    monkeypatch.setattr(hashing, "hash_file", lambda file: (hashed.append(file.name), hash_file(file))[1])
     first = [Checkpoint(path).fingerprint() for _ in range(2)]
     assert len(hashed) == 4, "it was touched a moment ago, and may change again under the same time stamp"
-    monkeypatch.setattr(checkpoint_module, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(hashing, "_SETTLED_S", -1.0)
     again = [Checkpoint(path).fingerprint() for _ in range(3)]
     assert len(hashed) == 6 and set(first + again) == {first[0]}
     save_file({"a": torch.zeros(5)}, path / "model.safetensors")

@@ -12,8 +12,8 @@ import yaml
 
 from halfbyte.evaluate import text_windows
 from halfbyte.experiments import quality_measurements as quality
-from halfbyte.experiments.quantize import load_tokenizer
 from halfbyte.experiments.workshop import CALIBRATION_SHARE
+from halfbyte.models.library import load_tokenizer
 from tests.tiny import make_tiny
 from tests.unit.artifacts import halfbyte, without_vllm
 

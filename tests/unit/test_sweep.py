@@ -26,9 +26,10 @@ from halfbyte.evaluate import Windows, compare
 from halfbyte.experiments.cells import parts_of
 from halfbyte.experiments.judging import CellTask, evaluate_cell
 from halfbyte.experiments.matrix import load_matrix
-from halfbyte.experiments.quantize import load_model, quantize
+from halfbyte.experiments.quantize import quantize
 from halfbyte.experiments.sweep import sweep
 from halfbyte.models import Checkpoint, family_of
+from halfbyte.models.library import load_model
 from halfbyte.recipe import load_recipe
 from halfbyte.report import build_report
 from tests.tiny import VOCAB, make_tiny

@@ -17,7 +17,8 @@ from halfbyte.artifact import check_artifact, load_fake_quantized, read_manifest
 from halfbyte.calibration import CalibrationSet
 from halfbyte.engine.rounding import Learning
 from halfbyte.engine.tune import SCHEDULES, Schedule
-from halfbyte.experiments.quantize import load_model, quantize
+from halfbyte.experiments.quantize import quantize
+from halfbyte.models.library import load_model
 from halfbyte.recipe.schema import Recipe
 from tests.tiny import DENSE, VOCAB, make_tiny
 

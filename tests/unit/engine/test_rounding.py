@@ -13,8 +13,8 @@ import halfbyte.engine.rounding as rounding
 from halfbyte.algo import dequantize, get_grid
 from halfbyte.engine import Block, Job, Rounder, Skeleton, quantize_blocks
 from halfbyte.engine.rounding import Learning, folded, spacing
-from halfbyte.experiments.quantize import load_model
 from halfbyte.models import Checkpoint
+from halfbyte.models.library import load_model
 from halfbyte.plan.layers import assign, quantized
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import GRIDS, QuantizedLinear
