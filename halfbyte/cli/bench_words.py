@@ -40,11 +40,11 @@ def tune_words(directory: Path, output: Path, result: Mapping[str, Any]) -> str:
             rows.append(
                 (
                     knob["flag"],
-                    tried["value"] or "(without)",
+                    tried["value"] or (f"({knob['stands']})" if knob["stands"] else "(without)"),
                     _rate(tried["output_tokens_per_second"]) if tried["status"] == "ok" else tried["status"],
                     f"{gain['value']:.2f}x" if gain else "",
                     f"{gain['low']:.2f}..{gain['high']:.2f}" if gain else "",
-                    "kept" if tried["value"] and tried["value"] == knob["kept"] else "",
+                    _fate(knob) if tried["value"] and tried["value"] == knob["kept"] else "",
                 )
             )
     lines += [*_aligned(rows), ""]
@@ -53,6 +53,10 @@ def tune_words(directory: Path, output: Path, result: Mapping[str, Any]) -> str:
     ]
     lines += [f"{result['text'][:1].upper()}{result['text'][1:]}.", "", result["command"], ""]
     return "\n".join([*lines, f"results: {output / 'tune.json'}"])
+
+
+def _fate(knob: Mapping[str, Any]) -> str:
+    return "kept by the platform's measurements" if knob["known"] else "kept"
 
 
 def _rows(name: str, point: Mapping[str, Any], rate: str) -> Iterable[Sequence[str]]:

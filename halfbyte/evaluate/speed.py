@@ -42,11 +42,13 @@ FEWEST = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """One server to measure: a directory and words for vLLM beyond what `serve` would say. `name` is a file name."""
+    """One server to measure: a directory and words for vLLM beyond what `serve` would say. `name` is a file name;
+    without: flags that are not taken from measured speeds."""
 
     name: str
     directory: Path
     words: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def command_for(request: BenchRequest, variant: Variant, install: VllmInstall) -
         context=request.context,
         concurrency=max(request.concurrency),
         extra=extra,
+        without=variant.without,
     )
 
 

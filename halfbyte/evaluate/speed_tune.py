@@ -1,8 +1,9 @@
 """The few flags of vLLM that matter, tried one after the other on this machine: what is surely faster is kept.
 
 Flags and values are the platform's data (`tune`), in its order. Each flag's values are measured beside what was kept so
-far; the fastest is kept where the interval of its gain lies above 1. A flag that changes more than speed is measured
-and told, never kept by itself.
+far; the fastest is kept where the interval of its gain lies above 1. Where none is, the value that the platform's own
+measurements speak for stands, unless it is surely slower here. A flag that changes more than speed is measured and
+told, never kept by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.served import format_of
-from halfbyte.evaluate.speed import BenchRequest, Measured, Variant, measure
+from halfbyte.evaluate.speed import BenchRequest, Measured, Variant, command_for, measure
 from halfbyte.evaluate.speed_result import portable_command, summary
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
@@ -46,25 +47,27 @@ def tune(
     request   what to measure; its variants are replaced
     tune.json: schema 1, kind "tune", platform, hardware, vllm, model, concurrency, input_tokens, output_tokens,
     repeats; knobs [{flag, note, changes, tried [{value (None: without it), status, reason, output_tokens_per_second,
-    ttft_ms, itl_ms, against (gain over what was kept before)}], kept}]; words (the flags kept), gain (over vLLM's own
-    choice), command, text, seconds, confidence.
+    ttft_ms, itl_ms, against (gain over what was kept before)}], stands (the value that `serve` gives it in any case),
+    kept, known (kept for the platform's measurements)}]; words (the flags kept), gain (over none of them), command,
+    text, seconds, confidence.
     Raises HalfbyteError where the artifact is not served even without them.
     """
     (level,) = request.concurrency
     form = format_of(directory)
     kept: Words = ()
-    knobs, seconds, found = [], 0.0, None
+    rows, seconds, found = [], 0.0, None
     default = None
-    for knob in request.platform.tune:
-        if not knob.matters(form, install.version) or knob.flag in request.extra:
-            continue
-        variants = [_variant(directory, words) for words in _choices(knob, kept)]
+    mattering = [k for k in request.platform.tune if k.matters(form, install.version) and k.flag not in request.extra]
+    without = tuple(dict.fromkeys(knob.flag for knob in mattering))
+    advised = _advised(request, directory, install, without)
+    for knob in (_with_value(knob, advised.get(knob.flag)) for knob in mattering):
+        variants = [Variant(_name(words), directory, words, without) for words in _choices(knob, kept)]
         asked = replace(request, variants=tuple(variants), watch=None, prefill=0)
         found = measure(asked, output / PLACE, install, force=force, progress=progress)
         force, seconds = False, seconds + found.seconds
         default = default or _rates(found, DEFAULT)
-        row, kept = _judged(knob, found, kept)
-        knobs.append(row)
+        row, kept = _judged(knob, found, kept, advised.get(knob.flag))
+        rows.append(row)
     if found is None:
         raise HalfbyteError(
             f"no flag is known to matter for {form} on {request.platform.name} (vLLM {install.version})"
@@ -78,6 +81,7 @@ def tune(
         vllm_version=install.version,
         concurrency=level,
         extra=(*kept, *request.extra),
+        without=without,
     )
     result = {
         "schema": 1,
@@ -90,11 +94,11 @@ def tune(
         "input_tokens": request.input_tokens,
         "output_tokens": request.output_tokens,
         "repeats": request.repeats,
-        "knobs": knobs,
+        "knobs": rows,
         "words": list(kept),
         "gain": gain,
         "command": portable_command(command).shell(),
-        "text": _sentence(kept, gain, level),
+        "text": _sentence(kept, gain, level, any(row["kept"] and not row["known"] for row in rows)),
         "seconds": round(seconds, 2),
         "confidence": CONFIDENCE,
     }
@@ -102,13 +106,22 @@ def tune(
     return result
 
 
+def _advised(request: BenchRequest, directory: Path, install: VllmInstall, flags: Words) -> dict[str, str]:
+    """The values of `flags` that the platform's own measurements speak for."""
+    plain, served = (
+        command_for(request, Variant(DEFAULT, directory, without=without), install).flags() for without in (flags, ())
+    )
+    return {flag: value for flag in flags if (value := served.get(flag)) and value != plain.get(flag)}
+
+
+def _with_value(knob: Knob, value: str | None) -> Knob:
+    """The knob, and that value among those that it tries."""
+    return knob if value in (None, *knob.values) else knob.model_copy(update={"values": (*knob.values, value)})
+
+
 def _choices(knob: Knob, kept: Words) -> list[Words]:
     """The words to measure: those kept so far, and with each value of the flag."""
     return [kept, *((*kept, knob.flag, value) for value in knob.values)]
-
-
-def _variant(directory: Path, words: Words) -> Variant:
-    return Variant(_name(words), directory, words)
 
 
 def _name(words: Words) -> str:
@@ -123,10 +136,12 @@ def _rates(found: Measured, name: str) -> list[float]:
     return [run[RATE] for run in runs] if whole else []
 
 
-def _judged(knob: Knob, found: Measured, kept: Words) -> tuple[dict[str, Any], Words]:
+def _judged(knob: Knob, found: Measured, kept: Words, advised: str | None) -> tuple[dict[str, Any], Words]:
     """The knob's row, and the words to go on with. Raises HalfbyteError where what was kept is not served at all."""
     before, tried = _rates(found, _name(kept)), []
     best: tuple[float, str] | None = None
+    stands = found.commands[_name(kept)].value(knob.flag)
+    known = None
     for words in _choices(knob, kept):
         value = None if words == kept else words[-1]
         mine = _rates(found, _name(words))
@@ -134,10 +149,14 @@ def _judged(knob: Knob, found: Measured, kept: Words) -> tuple[dict[str, Any], W
         tried.append({"value": value, **_shown(found, _name(words)), "against": gain})
         if value and gain and gain["low"] > 1 and not knob.changes and (best is None or gain["value"] > best[0]):
             best = (gain["value"], value)
+        if value == advised and gain and gain["high"] >= 1 and not knob.changes:
+            known = value
     if not before:
         raise HalfbyteError(f"vLLM cannot be measured without {knob.flag}: {tried[0]['status']}: {tried[0]['reason']}")
-    row = {"flag": knob.flag, "note": knob.note, "changes": knob.changes, "tried": tried, "kept": best and best[1]}
-    return row, (*kept, knob.flag, best[1]) if best else kept
+    chosen = best[1] if best else known
+    row = {"flag": knob.flag, "note": knob.note, "changes": knob.changes, "tried": tried, "stands": stands}
+    row |= {"kept": chosen, "known": bool(chosen and not best)}
+    return row, (*kept, knob.flag, chosen) if chosen else kept
 
 
 def _shown(found: Measured, name: str) -> dict[str, Any]:
@@ -146,11 +165,14 @@ def _shown(found: Measured, name: str) -> dict[str, Any]:
     return {key: whole[key] for key in ("status", "reason", RATE, "ttft_ms", "itl_ms")}
 
 
-def _sentence(kept: Words, gain: Mapping[str, float] | None, level: int) -> str:
-    if not kept or gain is None:
-        return f"at concurrency {level} no flag is surely faster than what vLLM does by itself"
+def _sentence(kept: Words, gain: Mapping[str, float] | None, level: int, sure: bool) -> str:
     flags = " ".join(kept)
+    if not sure:
+        stands = f": {flags} stands by the platform's measurements" if kept else ""
+        return f"at concurrency {level} no flag is surely faster here than none{stands}"
+    if gain is None:
+        return f"at concurrency {level} {flags} is fastest, step by step"
     return (
-        f"at concurrency {level} {flags} is {gain['value']:.2f}x as fast as what vLLM does by itself "
+        f"at concurrency {level} {flags} is {gain['value']:.2f}x as fast as without "
         f"(95 % interval {gain['low']:.2f} to {gain['high']:.2f})"
     )

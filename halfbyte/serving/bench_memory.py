@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,7 +47,7 @@ class PeakMemory:
 
 
 def reader(accelerator: bool, pid: int) -> Callable[[], int | None]:
-    """What to read: memory in use on all devices, or the resident memory of `pid` and all below it.
+    """What to read: memory in use on all visible devices, or the resident memory of `pid` and all below it.
 
     Where NVML is not there (no NVIDIA GPU, or nvidia-ml-py is not installed) a GPU's memory is not known: None.
     """
@@ -70,17 +71,34 @@ def tree_bytes(pid: int) -> int | None:
 
 
 def device_bytes(nvml: Any) -> int:
-    """Bytes in use on all devices together."""
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    """Bytes in use on all visible devices together."""
+    return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in visible_devices(nvml))
+
+
+def visible_devices(nvml: Any) -> list[Any]:
+    """NVML's handles of the devices that CUDA_VISIBLE_DEVICES lets a program see; all where it is not
+    set. What is named there and not known is none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    handles = []
+    for word in filter(None, (word.strip() for word in named.split(","))):
+        try:
+            by_number = word.lstrip("-").isdigit()
+            handles.append(
+                nvml.nvmlDeviceGetHandleByIndex(int(word)) if by_number else nvml.nvmlDeviceGetHandleByUUID(word)
+            )
+        except nvml.NVMLError:
+            break  # as CUDA does: what follows an unknown one is not seen
+    return handles
 
 
 def device_name() -> str | None:
     """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"), of NVML or else of torch; None where neither
     knows any."""
     nvml = _nvml()
-    if nvml is not None and (count := nvml.nvmlDeviceGetCount()):
-        name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+    if nvml is not None and (handles := visible_devices(nvml)):
+        name, count = nvml.nvmlDeviceGetName(handles[0]), len(handles)
         name = name.decode() if isinstance(name, bytes) else str(name)
     elif torch.cuda.is_available():  # also what torch calls AMD's
         count, name = torch.cuda.device_count(), torch.cuda.get_device_name()

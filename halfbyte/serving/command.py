@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def serve_command(
     port: int | None = None,
     host: str = "127.0.0.1",
     extra: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> ServeCommand:
     """The command that serves `directory` (which may not exist yet) in a format ("gptq", …; None: BF16) on a platform.
 
@@ -72,6 +73,7 @@ def serve_command(
     vllm_version  chooses facts and kernels; None: the version that the platform's evidence was taken on.
     context       --max-model-len; concurrency: --max-num-seqs, and what the kernel is chosen for.
     extra         the user's own words for vLLM; they replace ours.
+    without       flags that are not taken from measured speeds.
     Raises UsageError when the platform cannot load the format, or a value is one that vLLM refuses or garbles.
     """
     platform = load_platform(platform) if isinstance(platform, str) else platform
@@ -85,8 +87,9 @@ def serve_command(
     flags: Flags = {**platform.flags, **support.flags}
     kv_cache = {**flags, **dict(_pairs(extra))}.get("--kv-cache-dtype")
     chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency, kv_cache)
-    flags.update(chosen)
-    notes += [note] if note else []
+    if not chosen.keys() & set(without):
+        flags.update(chosen)
+        notes += [note] if note else []
     limit = config.get("max_position_embeddings")
     length = context or (min(platform.context, limit or platform.context) if platform.context else None)
     sequences = concurrency or platform.concurrency

@@ -137,7 +137,7 @@ def test_the_model_writes_where_all_else_is_computed(model: Path, tmp_path: Path
         where.append(device)
         return load_model(path)
 
-    monkeypatch.setattr(quantize, "load_model", load)
+    monkeypatch.setattr("halfbyte.models.library.load_model", load)
     monkeypatch.setattr(quantize, "device_of", lambda asked: asked or "the GPU")
     words = ["calibrate", "-m", model, "--sequences", "4", "--max-tokens", "32"]
     assert (

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import halfbyte.serving.bench_memory as bench_memory
+from halfbyte.cli.bench_words import tune_words
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
 from halfbyte.evaluate.speed_evidence import kernel_name, write_evidence
@@ -290,7 +292,7 @@ def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path
     assert [row["value"] for row in knob["tried"]] == [None, "slow", "quick"] and knob["kept"] == "quick"
     assert [row["against"] and round(row["against"]["value"], 6) for row in knob["tried"]] == [None, 0.5, 1.25]
     assert result["words"] == ["--linear-backend", "quick"] and result["gain"]["value"] == pytest.approx(1.25)
-    assert "--linear-backend quick is 1.25x as fast as what vLLM does by itself" in result["text"]
+    assert "--linear-backend quick is 1.25x as fast as without" in result["text"]
     assert "--linear-backend quick" in result["command"] and "--no-enable-prefix-caching" not in result["command"]
     changing = [{**knobs[0], "values": ["slow", "quick"], "changes": "what is said", "evidence": evidence}]
     careful = replace(request, platform=type(CPU).model_validate(CPU.model_dump(mode="json") | {"tune": changing}))
@@ -301,6 +303,35 @@ def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path
     assert json.loads((tmp_path / "tune.json").read_text()) == result
     with pytest.raises(HalfbyteError, match="no flag is known to matter"):
         tune(replace(request, extra=SLOW), models[1], tmp_path, install)
+
+
+def test_tune_tries_without_what_the_platform_measured(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """`serve` takes Humming there by the platform's figures. Not so what `tune` compares it with."""
+    model = shutil.copytree(models[1], tmp_path / "nvfp4")
+    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+    edit_json(model / "config.json", lambda tree: tree.update(quantization_config=declared))
+    h100, older = load_platform("h100"), replace(install, version="0.26.0")
+    request = replace(asked(models, 2), platform=h100, extra=())
+    assert "--linear-backend humming" in serve_command(model, "modelopt", h100, vllm_version="0.26.0").shell()
+    result = tune(request, model, tmp_path / "out", older)
+    backend = next(row for row in result["knobs"] if row["flag"] == "--linear-backend")
+    assert [row["value"] for row in backend["tried"]] == [None, "humming"] and backend["stands"] is None
+    started = [(log.parent.name, log.read_text()) for log in (tmp_path / "out").rglob("vllm-0.log")]
+    assert any(name == "default" and "--linear-backend" not in log for name, log in started)
+    assert backend["known"] and backend["kept"] == "humming", "as fast here, and it was faster where it was measured"
+    assert "surely faster here than none: --linear-backend humming stands by the platform's" in result["text"]
+    assert "--linear-backend humming" in result["command"]
+    cache = next(row for row in result["knobs"] if row["flag"] == "--kv-cache-dtype")
+    assert cache["stands"] == "fp8" and cache["kept"] is None
+    words = tune_words(model, tmp_path / "out", result)
+    assert "(fp8)" in words and "kept by the platform's measurements" in words
+    tree = h100.model_dump(mode="json", by_alias=True)
+    for row in (row for table in tree["speed"] for row in table["rows"] if row["flags"]):
+        row["flags"] = dict(zip(SLOW[::2], SLOW[1::2]))
+    tree["tune"] = [tree["tune"][0]]
+    wrong = type(h100).model_validate(tree)
+    result = tune(replace(request, platform=wrong), model, tmp_path / "wrong", older)
+    assert result["words"] == [] and "--linear-backend" not in result["command"], "surely slower here"
 
 
 def test_the_interval_of_a_median_holds_for_few_repeats() -> None:
@@ -349,7 +380,7 @@ def test_reasons_that_mean_no_memory() -> None:
     assert ended("ValueError: the weights are wrong") == "crashed"
 
 
-def test_memory_is_that_of_all_processes_and_devices() -> None:
+def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     mine = tree_bytes(os.getpid())
@@ -365,7 +396,30 @@ def test_memory_is_that_of_all_processes_and_devices() -> None:
         def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
             return type("Info", (), {"used": 100 + handle})
 
-    assert device_bytes(Nvml()) == 201
+        def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
+            if name != "GPU-b":
+                raise self.NVMLError
+            return 1
+
+        def nvmlDeviceGetName(self, handle: int) -> bytes:
+            return b"NVIDIA H100"
+
+        NVMLError = RuntimeError
+
+    monkeypatch.setattr(bench_memory, "_nvml", Nvml)
+    for seen, used, name in (
+        (None, 201, "2 x NVIDIA H100"),
+        ("1", 101, "NVIDIA H100"),
+        ("GPU-b", 101, "NVIDIA H100"),
+        ("1,0", 201, "2 x NVIDIA H100"),
+        ("0,GPU-x,1", 100, "NVIDIA H100"),
+        ("", 0, None),
+    ):
+        if seen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        assert device_bytes(Nvml()) == used and bench_memory.device_name() == name
     readings = iter([5, None, 9, 7])
     with PeakMemory(lambda: next(readings, None), interval=0.001) as memory:
         while next(readings, "over") != "over":
