@@ -26,7 +26,7 @@ from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models.checkpoint import read_json
 from halfbyte.platforms import Platform
 from halfbyte.serving import ServeCommand, Server, VllmInstall, serve_command
-from halfbyte.serving.bench import NO_REUSE, QUIETLY, Load, ended, failure, run_load
+from halfbyte.serving.bench import NO_REUSE, QUIETLY, Load, Loader, ended, failure, run_load
 from halfbyte.serving.bench_memory import PeakMemory, reader
 from halfbyte.types import Progress, Quiet
 
@@ -249,14 +249,15 @@ class _Work:
             )
             with ExitStack() as stack:
                 try:
+                    loader = stack.enter_context(Loader(self.found.install))
                     stack.enter_context(server)
                 except HalfbyteError as error:
                     status = ended(str(error))
                     self.broken[name] = {"status": status, "reason": str(error).removeprefix("vLLM failed: ")}
                     continue
-                left = self._serve(server, left, stack)
+                left = self._serve(server, loader, left, stack)
 
-    def _serve(self, server: Server, jobs: list[Job], stack: ExitStack) -> list[Job]:
+    def _serve(self, server: Server, loader: Loader, jobs: list[Job], stack: ExitStack) -> list[Job]:
         """Do runs until none is left or the server has ended; returns those left. What failed is not repeated."""
         read = reader(self.found.request.platform.capabilities.accelerator, server.pid)
         memory = stack.enter_context(PeakMemory(read))
@@ -264,7 +265,7 @@ class _Work:
         self.progress.start(f"measuring {jobs[0].variant.name}", len(jobs))
         while jobs:
             job = jobs.pop(0)
-            result = self._run(server, job)
+            result = self._run(server, loader, job)
             facts = server.facts
             self._keep(
                 job,
@@ -286,13 +287,13 @@ class _Work:
                 break
         return jobs
 
-    def _run(self, server: Server, job: Job) -> dict[str, Any]:
+    def _run(self, server: Server, loader: Loader, job: Job) -> dict[str, Any]:
         if job.load is not None:
             load = replace(job.load, warmups=0 if job.point in self.warm else job.load.concurrency)
             self.warm.add(job.point)
             log = job.file.with_suffix(".log")
             try:
-                return run_load(server, self.found.install, load, job.variant.directory, log)
+                return run_load(server, loader, load, job.variant.directory, log)
             except HalfbyteError as error:
                 return failure(server, error)
         assert self.found.request.watch is not None

@@ -154,8 +154,15 @@ def _judged(knob: Knob, found: Measured, kept: Words, advised: str | None) -> tu
     if not before:
         raise HalfbyteError(f"vLLM cannot be measured without {knob.flag}: {tried[0]['status']}: {tried[0]['reason']}")
     chosen = best[1] if best else known
-    row = {"flag": knob.flag, "note": knob.note, "changes": knob.changes, "tried": tried, "stands": stands}
-    row |= {"kept": chosen, "known": bool(chosen and not best)}
+    row = {
+        "flag": knob.flag,
+        "note": knob.note,
+        "changes": knob.changes,
+        "tried": tried,
+        "stands": stands,
+        "kept": chosen,
+        "known": bool(chosen and not best),
+    }
     return row, (*kept, knob.flag, chosen) if chosen else kept
 
 

@@ -7,14 +7,17 @@ writes its full number of tokens (the end-of-text token is ignored), greedily.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.files import write_json
 from halfbyte.serving.child import Child
 from halfbyte.serving.client import Client
 from halfbyte.serving.install import VllmInstall
@@ -32,6 +35,10 @@ DYING_S = 10.0
 """How long a server whose requests fail has to be gone, before it is said to live."""
 RUN_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
+FORKER = Path(__file__).with_name("forker.py")
+IMPORTED = ("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.benchmark.main",
+            "vllm.entrypoints.cli.benchmark.serve", "vllm.benchmarks.serve")  # fmt: skip
+"""What `vllm bench serve` spends most of its time on before it sends anything."""
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|No available memory for the cache|larger than the available KV cache memory"
     r"|less than desired GPU memory utilization|Cannot allocate memory|bad_alloc|MemoryError|not enough memory"
@@ -81,7 +88,62 @@ def bench_words(load: Load, url: str, model: str, tokenizer: str | Path, result:
     return ["bench", "serve", *pairs, "--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
 
 
-def run_load(server: Server, install: VllmInstall, load: Load, tokenizer: str | Path, log_path: Path) -> dict[str, Any]:
+class Loader:
+    """`vllm bench serve`, as often as is asked. In `with Loader(install) as loader` its imports, of 5 to 20 seconds,
+    are done once and beside what else goes on (forker.py); where the executable is no Python script, each run is a
+    process of its own."""
+
+    def __init__(self, install: VllmInstall) -> None:
+        self.install = install
+        self._place: tempfile.TemporaryDirectory[str] | None = None
+        self._forker: Child | None = None
+        self._count = 0
+
+    def __enter__(self) -> Loader:
+        if _is_script(self.install.executable):
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._forker:
+            self._forker.stop()
+        if self._place:
+            self._place.cleanup()
+        self._forker = self._place = None
+
+    def _start(self) -> None:
+        self._place, self._count = tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True), 0
+        words = [str(self.install.python), str(FORKER), str(self.install.executable), self._place.name]
+        with Path(os.devnull).open("wb") as nowhere:
+            self._forker = Child([*words, ",".join(IMPORTED)], QUIETLY, nowhere, CLIENT_GRACE_S)
+
+    def run(self, words: Sequence[str], log_path: Path, until: Callable[[], bool]) -> int | None:
+        """`vllm WORDS`, its output into a log; its exit status, or None where `until` came before its end."""
+        if self._forker is None or self._place is None or self._forker.poll() is not None:
+            with log_path.open("wb") as log:
+                child = Child([str(self.install.executable), *words], QUIETLY, log, CLIENT_GRACE_S)
+            try:
+                return _awaited(child.poll, until)
+            finally:
+                child.stop()
+        place, forker = Path(self._place.name), self._forker
+        told = place / f"{self._count}.code"
+
+        def code() -> int | None:
+            if told.exists():
+                return int(told.read_text())
+            return forker.poll()
+
+        write_json(place / f"{self._count}.json", {"words": list(words), "log": str(log_path.resolve())})
+        self._count += 1
+        ended = _awaited(code, until)
+        if ended is None:  # what runs is ended with all the rest
+            self.__exit__()
+            self._start()
+        return ended
+
+
+def run_load(server: Server, loader: Loader, load: Load, tokenizer: str | Path, log_path: Path) -> dict[str, Any]:
     """Put `load` on the server; returns the run.
 
     status   "ok"; "failed": requests were refused or the client broke; "out of memory" or "crashed": the server ended
@@ -92,12 +154,8 @@ def run_load(server: Server, install: VllmInstall, load: Load, tokenizer: str | 
     result.unlink(missing_ok=True)
     with Client(server.url) as client:
         words = bench_words(load, server.url, client.model, tokenizer, result)
-    with log_path.open("wb") as log:
-        child = Child([str(install.executable), *words], QUIETLY, log, CLIENT_GRACE_S)
-    try:
-        code = _await(child, server, time.monotonic() + RUN_TIMEOUT_S)
-    finally:
-        child.stop()
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    code = loader.run(words, log_path, lambda: not server.running or time.monotonic() > deadline)
     try:
         raw = json.loads(result.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,13 +196,19 @@ def failure(server: Server, error: HalfbyteError) -> dict[str, str]:
     return {"status": ended(reason), "reason": reason}
 
 
-def _await(child: Child, server: Server, deadline: float) -> int | None:
-    """The client's exit status; None where the server ended under it, or the time was over."""
-    while (code := child.poll()) is None:
-        if not server.running or time.monotonic() > deadline:
+def _awaited(code: Callable[[], int | None], until: Callable[[], bool]) -> int | None:
+    """The exit status that `code` gives in the end; None where `until` came first."""
+    while (status := code()) is None:
+        if until():
             return None
         time.sleep(_POLL_S)
-    return code
+    return status
+
+
+def _is_script(executable: Path) -> bool:
+    """Whether a file is a Python script by its first line."""
+    with executable.open("rb") as handle:
+        return b"python" in handle.readline(512).partition(b"#!")[2]
 
 
 def _outcome(server: Server, load: Load, code: int | None, raw: Any, log_path: Path) -> dict[str, Any]:
