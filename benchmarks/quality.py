@@ -193,7 +193,11 @@ def peer_files(
         if not _wanted(candidate, tables):
             continue
         place = scratch / f"peer-{index}"
-        measured, versions = run_peer(peer, model, calibration.save(place / "tokens"), place, python)
+        try:
+            measured, versions = run_peer(peer, model, calibration.save(place / "tokens"), place, python)
+        except HalfbyteError as error:  # it does not install: told in its row, and the others go on
+            candidate.facts = {"error": str(error)}
+            continue
         if measured.status:
             candidate.facts = {"error": measured.reason}
             continue
