@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def command(model: Path, place: Path) -> dict[str, Any]:
     """`halfbyte quantize`, whole: the process's seconds."""
     recipe = place / "nvfp4.yaml"
     write_json(recipe, NVFP4)
-    words = ["quantize", str(model), "-r", str(recipe), "-o", str(place / "artifact"), "--force"]
+    words = ["quantize", str(model), "-r", str(recipe), "-o", str(place / "artifact")]
+    shutil.rmtree(place / "artifact", ignore_errors=True)
     started = time.perf_counter()
     run = [sys.executable, "-m", "halfbyte.cli.app", *words]
     child = subprocess.Popen(run, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

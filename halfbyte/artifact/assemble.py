@@ -133,8 +133,7 @@ class Assembly:
             if shards[-1] and sum(i.nbytes for i in shards[-1]) + piece.nbytes > shard_bytes:
                 shards.append([])
             shards[-1].append(piece)
-        for stale in [*self.directory.glob("model-*.safetensors"), self.directory / SINGLE, self.directory / INDEX]:
-            stale.unlink(missing_ok=True)
+        drop_weights(self.directory)
         places: dict[str, str] = {}
         digests: dict[str, str] = {}
         count = len(shards)
@@ -191,6 +190,12 @@ class Assembly:
         files = [p for p in files if p.suffix != TEMPORARY]  # a killed run's own manifest, half written
         marks = self._marks | {p.name: hash_file(p) for p in files if p.name not in self._marks}
         return {p.name: {"sha256": marks[p.name], "bytes": p.stat().st_size} for p in files}
+
+
+def drop_weights(directory: Path) -> None:
+    """Take away an artifact's weight files and their index."""
+    for stale in [*directory.glob("model-*.safetensors"), directory / SINGLE, directory / INDEX]:
+        stale.unlink(missing_ok=True)
 
 
 def _dense(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from halfbyte.algo import Solved
-from halfbyte.artifact.assemble import Assembly, note_of
+from halfbyte.artifact.assemble import Assembly, drop_weights, note_of
 from halfbyte.artifact.check_files import MANIFEST
 from halfbyte.artifact.fingerprint import digest_of, values_of, weight_fingerprint
 from halfbyte.errors import HalfbyteError, UsageError
@@ -77,12 +77,12 @@ class ArtifactWriter:
             write_json(state, {"work": self.work})
 
     def abandon(self, worthless: bool = False) -> None:
-        """Take back what `open` made, where no block is kept yet, or all is worthless: nothing of worth is lost."""
-        if _work_of(self.partial / STATE) == self.work:
+        """Take back what `open` made, where no block is kept yet, or all that was made is worthless, weight files too:
+        nothing of worth is lost."""
+        if _work_of(self.partial / STATE) == self.work and (worthless or not any(self.partial.glob("*.safetensors"))):
             if worthless:
-                _clear(self.directory)
-            elif not any(self.partial.glob("*.safetensors")):
-                shutil.rmtree(self.partial, ignore_errors=True)
+                drop_weights(self.directory)
+            shutil.rmtree(self.partial, ignore_errors=True)
         with suppress(OSError):
             self.partial.rmdir()
 

@@ -149,9 +149,10 @@ def _judged(knob: Knob, found: Measured, kept: Words, advised: str | None) -> tu
         tried.append({"value": value, **_shown(found, _name(words)), "against": gain})
         if value and gain and gain["low"] > 1 and not knob.changes and (best is None or gain["value"] > best[0]):
             best = (gain["value"], value)
-        if value == advised and gain and gain["high"] >= 1 and not knob.changes:
+        served = mine and (gain is None or gain["high"] >= 1)
+        if value and value == advised and served and not knob.changes:
             known = value
-    if not before:
+    if not before and known is None:
         raise HalfbyteError(f"vLLM cannot be measured without {knob.flag}: {tried[0]['status']}: {tried[0]['reason']}")
     chosen = best[1] if best else known
     row = {

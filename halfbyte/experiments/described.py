@@ -15,14 +15,16 @@ from typing import Any
 from halfbyte.calibration import tokenizer_sha256
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import Checkpoint
-from halfbyte.models.library import load_tokenizer, refuse_unlike
+from halfbyte.models.library import Misfit, load_tokenizer, refuse_unlike
 
 IMPORTED = "transformers.models.auto.modeling_auto"
+_ASK = "import sys; sys.path.append(sys.argv[1]); from halfbyte.experiments.described import main; main(sys.argv[2])"
 
 
 class Described:
-    """One model directory. `begin` asks, `look` raises HalfbyteError as soon as something is known to be wrong, `take`
-    waits: it raises the same, or returns the tokenizer's hash (None: there is none).
+    """One model directory. `begin` asks; `take` waits and returns the tokenizer's hash (None: there is none), or raises
+    HalfbyteError. What the process of its own refuses, this one looks at again, and so does it where that one failed:
+    transformers then changes torch's default dtype for a moment, so `take` belongs where no other thread computes.
 
     apart   let a process of its own ask, unless this one has transformers imported already
     """
@@ -45,47 +47,59 @@ class Described:
             self.take()
         if self._child or self._told:
             return
-        places = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", __name__, str(self.path)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # -P: without it Python would import what lies in the working directory
+        words = [sys.executable, "-P", "-c", _ASK, str(Path(__file__).resolve().parents[2]), str(self.path)]
         with suppress(OSError):  # as where the child fails: this process asks
             self._child = subprocess.Popen(
                 words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
 
-    @property
-    def refused(self) -> bool:
-        """Whether an answer came, and it was no."""
-        return bool(self._told and self._told["refused"])
+    def misfit(self, wait: bool) -> HalfbyteError | None:
+        """The refusal, where config.json and weights do not belong together: what is made of them is worth nothing.
+        wait: until that is known, where a process of its own was asked."""
+        if wait and self._child:
+            with suppress(HalfbyteError):
+                self.take()
+        return HalfbyteError(self._told["refused"]) if self._told and self._told["misfit"] else None
 
-    def look(self) -> None:
-        if self._child and self._child.poll() is not None:
+    def take_if_ready(self) -> None:
+        """`take`, where that takes no waiting."""
+        if self._told or (self._child and self._child.poll() is not None):
             self.take()
 
     def take(self) -> str | None:
         if self._told is None:
-            self._told = self._answer()
+            told = self._of_child()
+            self._told = describe(self.path) if told is None or told["refused"] else told
         if self._told["refused"]:
             raise HalfbyteError(self._told["refused"])
         digest: str | None = self._told["tokenizer_sha256"]
         return digest
 
-    def _answer(self) -> dict[str, Any]:
-        if self._child:
-            with suppress(ValueError):
-                told: dict[str, Any] = json.loads(self._child.communicate()[0])
-                return told
-        return describe(self.path)
+    def _of_child(self) -> dict[str, Any] | None:
+        """What the process of its own said in its last line; None where it said nothing."""
+        if self._child is None:
+            return None
+        lines = self._child.communicate()[0].splitlines()
+        with suppress(ValueError, IndexError):
+            told = json.loads(lines[-1])
+            return told if isinstance(told, dict) and told.keys() == _answer().keys() else None
+        return None
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What `Described` asks: {"refused": why, in a line, or None; "tokenizer_sha256"}."""
+    """What `Described` asks: {"refused": why, in a line, or None; "misfit": whether that is why;
+    "tokenizer_sha256"}."""
     try:
-        checkpoint = Checkpoint(path)
-        refuse_unlike(checkpoint)
-        return {"refused": None, "tokenizer_sha256": tokenizer_hash(path)}
+        refuse_unlike(Checkpoint(path))
+        return _answer(tokenizer_sha256=tokenizer_hash(path))
     except HalfbyteError as error:
-        return {"refused": str(error), "tokenizer_sha256": None}
+        return _answer(refused=str(error), misfit=isinstance(error, Misfit))
+
+
+def _answer(refused: str | None = None, misfit: bool = False, tokenizer_sha256: str | None = None) -> dict[str, Any]:
+    return {"refused": refused, "misfit": misfit, "tokenizer_sha256": tokenizer_sha256}
 
 
 def tokenizer_hash(path: Path) -> str | None:
@@ -93,5 +107,6 @@ def tokenizer_hash(path: Path) -> str | None:
     return tokenizer_sha256(load_tokenizer(path)) if Checkpoint(path).tokenizer_files() else None
 
 
-if __name__ == "__main__":
-    print(json.dumps(describe(Path(sys.argv[1]))))
+def main(path: str) -> None:
+    """What a process of its own does: the answer is its last line."""
+    print(f"\n{json.dumps(describe(Path(path)))}", flush=True)

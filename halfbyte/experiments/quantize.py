@@ -81,7 +81,7 @@ def quantize(
         data = calibration_for(recipe, path, calibration, device, progress)
         with ThreadPoolExecutor(1) as apart:
             hashing = apart.submit(checkpoint.fingerprint)
-            if not work_of(output):  # while gigabytes are read, what takes seconds and is needed next gets ready
+            if force or not work_of(output):  # while gigabytes are read, what takes seconds and is needed gets ready
                 if data:
                     structure_of(checkpoint)
                 else:
@@ -89,9 +89,11 @@ def quantize(
                 if device.startswith("cuda"):
                     torch.zeros(1, device=device)
             fingerprint = hashing.result()
+            if force and not data and any(output.iterdir()):
+                described.take()  # before anything is given up for it
         work = work_id(recipe, fingerprint, data.sha256 if data else None)
         writer = ArtifactWriter(output, checkpoint, recipe, plans, work)
-        started = time.monotonic()
+        started, passing, resumed = time.monotonic(), False, False
         try:
             writer.open(force)
             if writer.finished:
@@ -101,14 +103,15 @@ def quantize(
                 workers.open()
             if not data:
                 described.begin()
+                described.take_if_ready()
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             if blocks and data:
                 blocks.lend(writer, data.sha256)
-            sequences = data.sequences if data else None
+            sequences, passing = data.sequences if data else None, True
             told += quantize_blocks(
                 checkpoint,
-                [_job(writer, recipe, described)],
+                [_job(writer, recipe)],
                 sequences,
                 device,
                 progress=progress,
@@ -133,8 +136,12 @@ def quantize(
 
             progress.start("writing the checkpoint", 1)
             manifest = writer.finish(facts)
-        except HalfbyteError:
-            writer.abandon(described.refused)
+        except Exception as error:  # a misfit may make the pass raise anything: then it is the reason
+            misfit = described.misfit(wait=passing)
+            if misfit or isinstance(error, HalfbyteError):
+                writer.abandon(worthless=bool(misfit) and not resumed)
+            if misfit:
+                raise misfit from error
             raise
         if place is None:
             keep_tokens(data)
@@ -214,9 +221,8 @@ def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Prog
     return [notice]
 
 
-def _job(writer: ArtifactWriter, recipe: Recipe, described: Described) -> Job:
+def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:
     def emit(block: int, result: BlockResult) -> None:
-        described.look()
         writer.emit(block, result.linears, result.tensors, result.seconds, result.notices, result.experts)
 
     schemes = quantized(writer.plans)

@@ -14,6 +14,10 @@ from halfbyte.models.experts import unfuse
 from halfbyte.models.family import family_of
 
 
+class Misfit(HalfbyteError):
+    """A model's weights are not those that its config.json describes."""
+
+
 def structure_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The transformers model that config.json describes, without weights. The first one of its class takes seconds, in
     which Python imports it. Raises HalfbyteError, in one line, where there is none."""
@@ -31,7 +35,7 @@ def structure_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def refuse_unlike(checkpoint: Checkpoint) -> None:
-    """Raise HalfbyteError, in a line, where config.json describes no model, or not the one that the weights are of."""
+    """Raise HalfbyteError, in a line, where config.json describes no model; Misfit where the weights are not of it."""
     model = structure_of(checkpoint)
     unfuse(model, family_of(checkpoint.config))
     wanted = {f"model.{name}": tuple(parameter.shape) for name, parameter in model.model.named_parameters()}
@@ -41,14 +45,14 @@ def refuse_unlike(checkpoint: Checkpoint) -> None:
 def refuse_misfits(
     path: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], prefix: str = ""
 ) -> None:
-    """Raise HalfbyteError where the shapes found are not those that config.json makes; names after `prefix`."""
+    """Raise Misfit where the shapes found are not those that config.json makes; names after `prefix`."""
     missing = wanted.keys() - found.keys()
     if missing:
-        raise HalfbyteError(f"{path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
+        raise Misfit(f"{path} lacks the tensor {prefix}{min(missing)}: is the model whole?")
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
             which = f"{list(found[name])}, and config.json makes it {list(shape)}"
-            raise HalfbyteError(f"{path}: {prefix}{name} is {which}: do they belong together?")
+            raise Misfit(f"{path}: {prefix}{name} is {which}: do they belong together?")
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -70,27 +70,34 @@ def tree_bytes(pid: int) -> int | None:
     return total
 
 
-def device_bytes(nvml: Any) -> int:
-    """Bytes in use on all visible devices together."""
-    return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in visible_devices(nvml))
+def device_bytes(nvml: Any) -> int | None:
+    """Bytes in use on all visible devices together; None where none is found."""
+    used = [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in visible_devices(nvml)]
+    return sum(used) if used else None
 
 
 def visible_devices(nvml: Any) -> list[Any]:
-    """NVML's handles of the devices that CUDA_VISIBLE_DEVICES lets a program see; all where it is not
-    set. What is named there and not known is none."""
+    """NVML's handles of the devices that CUDA_VISIBLE_DEVICES lets a program see, by number or (the beginning of) a
+    UUID; all where it is not set. NVML numbers by the bus, as CUDA does where all are alike or CUDA_DEVICE_ORDER says."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    handles = []
-    for word in filter(None, (word.strip() for word in named.split(","))):
-        try:
-            by_number = word.lstrip("-").isdigit()
-            handles.append(
-                nvml.nvmlDeviceGetHandleByIndex(int(word)) if by_number else nvml.nvmlDeviceGetHandleByUUID(word)
-            )
-        except nvml.NVMLError:
+        return handles
+    seen = []
+    for word in (word.strip() for word in named.split(",")):
+        if word.isdigit():
+            found = handles[int(word) : int(word) + 1]
+        else:
+            found = [handle for handle in handles if word and _uuid(nvml, handle).startswith(word)]
+        if len(found) != 1:
             break  # as CUDA does: what follows an unknown one is not seen
-    return handles
+        seen += found
+    return seen
+
+
+def _uuid(nvml: Any, handle: Any) -> str:
+    value = nvml.nvmlDeviceGetUUID(handle)
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def device_name() -> str | None:

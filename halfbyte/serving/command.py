@@ -87,9 +87,9 @@ def serve_command(
     flags: Flags = {**platform.flags, **support.flags}
     kv_cache = {**flags, **dict(_pairs(extra))}.get("--kv-cache-dtype")
     chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency, kv_cache)
-    if not chosen.keys() & set(without):
-        flags.update(chosen)
-        notes += [note] if note else []
+    taken = {flag: value for flag, value in chosen.items() if flag not in without or flags.get(flag) == value}
+    flags.update(taken)
+    notes += [note] if note and taken == chosen else []
     limit = config.get("max_position_embeddings")
     length = context or (min(platform.context, limit or platform.context) if platform.context else None)
     sequences = concurrency or platform.concurrency

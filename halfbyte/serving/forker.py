@@ -27,6 +27,7 @@ POLL_S = 0.02
 
 def main() -> None:
     executable, place, modules = sys.argv[1:4]
+    sys.path[0] = os.path.dirname(executable)  # as when it is run by itself
 
     def leave(*_: object) -> None:
         shutil.rmtree(place, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte.hashing as hashing
-from halfbyte.hashing import hash_ahead, hash_file, remembered_hash
+from halfbyte.hashing import hash_ahead, remembered_hash
 
 
 @pytest.fixture(autouse=True)
@@ -21,40 +21,61 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "_SETTLED_S", -1.0)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 3 * 4096])
-def test_a_file_is_hashed_in_slices(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "SLICE", mmap.ALLOCATIONGRANULARITY)
-    (tmp_path / "a").write_bytes(data := bytes(i % 251 for i in range(size)))
-    assert hash_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
-
-
-def test_what_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(19, "No such device")
-
-    (tmp_path / "a").write_bytes(b"abc")
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    assert hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
-
-
-def test_what_is_under_way_is_waited_for_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, hashed = threading.Event(), list[str]()
-
-    def slowly(path: Path) -> str:
-        hashed.append(path.name)
-        assert go.wait(30)
-        return hash_file(path)
-
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three weight files of which one may change, and one that is not asked for."""
+    monkeypatch.setattr(hashing, "LEAST_BYTES", 0)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    for number, size in enumerate((0, 5, 100_000)):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(bytes(i % 251 for i in range(size)))
     (tmp_path / "consolidated.safetensors").write_bytes(b"not asked for")
-    monkeypatch.setattr(hashing, "hash_file", slowly)
-    hash_ahead(tmp_path)
-    while not hashed:
-        time.sleep(0.01)
-    threading.Timer(0.1, go.set).start()
-    assert remembered_hash(tmp_path / "model.safetensors") == hashlib.sha256(b"abc").hexdigest()
-    assert hashed == ["model.safetensors"]
+    return tmp_path
+
+
+def digests(model: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(model.glob("model*"))}
+
+
+def told(model: Path) -> dict[str, str]:
+    """What is known, once all that was begun has ended."""
+    return {key[0].name: future.result(30) for key, future in hashing._KNOWN.items() if key[0].parent == model}
+
+
+def test_what_is_begun_ahead_is_right_and_not_done_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hash_ahead(model)
+    assert told(model) == digests(model)
+    monkeypatch.setattr(hashing, "hash_file", None)
+    assert {p.name: remembered_hash(p) for p in sorted(model.glob("model*"))} == digests(model)
+
+
+def test_a_child_that_dies_or_does_not_start_is_done_without(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for executable in ("/bin/false", "/no/such/file", "/bin/echo"):
+        monkeypatch.setattr(sys, "executable", executable)
+        hash_ahead(model)
+        assert set(told(model).values()) == {""}
+        assert {p.name: remembered_hash(p) for p in sorted(model.glob("model*"))} == digests(model)
+        hashing._KNOWN.clear()
+
+
+def test_a_file_that_cannot_be_read_is_not_told(model: Path) -> None:
+    (model / "model-9.safetensors").symlink_to(model / "model-8.safetensors")
+    (model / "model-8.safetensors").mkdir()
+    hash_ahead(model)
+    known = told(model)
+    assert known["model-8.safetensors"] == "" and known["model-2.safetensors"]
+
+
+def test_it_ends_with_who_asked(model: Path) -> None:
+    fifo = model / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(
+        [sys.executable, hashing.__file__, str(fifo)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as child:
+        time.sleep(0.3)
+        assert child.poll() is None, "nobody writes into it"
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(30) == 1
 
 
 def test_a_hash_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

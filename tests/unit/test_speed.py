@@ -396,24 +396,23 @@ def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest
         def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
             return type("Info", (), {"used": 100 + handle})
 
-        def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
-            if name != "GPU-b":
-                raise self.NVMLError
-            return 1
+        def nvmlDeviceGetUUID(self, handle: int) -> str:
+            return ("GPU-a1", "GPU-b2")[handle]
 
         def nvmlDeviceGetName(self, handle: int) -> bytes:
             return b"NVIDIA H100"
-
-        NVMLError = RuntimeError
 
     monkeypatch.setattr(bench_memory, "_nvml", Nvml)
     for seen, used, name in (
         (None, 201, "2 x NVIDIA H100"),
         ("1", 101, "NVIDIA H100"),
+        ("GPU-b2", 101, "NVIDIA H100"),
         ("GPU-b", 101, "NVIDIA H100"),
+        ("GPU-", None, None),
+        ("-1", None, None),
         ("1,0", 201, "2 x NVIDIA H100"),
         ("0,GPU-x,1", 100, "NVIDIA H100"),
-        ("", 0, None),
+        ("", None, None),
     ):
         if seen is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
