@@ -78,7 +78,7 @@ def device_bytes(nvml: Any) -> int | None:
 
 def visible_devices(nvml: Any) -> list[Any]:
     """NVML's handles of the devices that CUDA_VISIBLE_DEVICES lets a program see, by number or (the beginning of) a
-    UUID; all where it is not set. NVML numbers by the bus, as CUDA does where all are alike or CUDA_DEVICE_ORDER says."""
+    UUID; all where it is not set. NVML numbers by the bus, as CUDA does where all are alike or as it is told."""
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
