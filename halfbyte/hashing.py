@@ -11,29 +11,57 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SLICE = 64 << 20
 """Bytes that are mapped at a time."""
+PIECE = 1 << 20
+"""Bytes that are read at a time: they stay in a core's cache."""
 LEAST_BYTES = 64 << 20
 """What is smaller is hashed before another process has begun."""
 _State = tuple[Path, int, int, int, int]
 _KNOWN: dict[_State, Future[str]] = {}
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+_STOPPED = threading.Event()
 _SETTLED_S = 2.0
 """A file that was touched less than so long ago may change again under the same time stamp."""
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises OSError."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, in hex. Raises OSError, also where `beside` was left with an error meanwhile."""
+    digest, buffer = hashlib.sha256(), bytearray(PIECE)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as handle:
+        while size := handle.readinto(buffer):
+            digest.update(view[:size])
+            if _STOPPED.is_set():
+                raise InterruptedError(f"hashing {path} was given up")
+    return digest.hexdigest()
+
+
+@contextmanager
+def beside(hashing: Callable[[], str]) -> Iterator[Future[str]]:
+    """`hashing` in a thread of its own, while what stands in the `with` goes on. An error or Ctrl-C there ends what is
+    hashed, here and in other processes, so that nobody waits for it."""
+    with ThreadPoolExecutor(1) as apart:
+        future = apart.submit(hashing)
+        try:
+            yield future
+        except BaseException:
+            _STOPPED.set()
+            for child in _CHILDREN:
+                child.kill()
+            wait([future])
+            _STOPPED.clear()
+            raise
 
 
 def remembered_hash(path: Path) -> str:
@@ -60,9 +88,9 @@ def hash_ahead(model: str | Path) -> None:
         files = sorted(path.glob("model*.safetensors"))
         if sum(file.stat().st_size for file in files) < LEAST_BYTES:
             return
-        waiting = {file: key for file in files if (key := _settled(file)) and key not in _KNOWN}
-        told = [_KNOWN.setdefault(key, Future()) for key in waiting.values()]
-        threading.Thread(target=_ask, args=(list(waiting), told), daemon=True).start()
+        waiting = {key: file for file in files if (key := _settled(file)) and key not in _KNOWN}
+        told = [_KNOWN.setdefault(key, Future()) for key in waiting]
+        threading.Thread(target=_ask, args=(list(waiting.values()), told), daemon=True).start()
 
 
 def _settled(path: Path) -> _State | None:
@@ -79,6 +107,7 @@ def _ask(files: Sequence[Path], told: Sequence[Future[str]]) -> None:
         words = [sys.executable, "-I", "-S", __file__, *map(str, files)]
         pipe = subprocess.PIPE
         with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:
+            _CHILDREN.append(child)
             for line in child.stdout or ():
                 number, digest = line.decode().split()
                 told[int(number)].set_result(digest)
@@ -102,6 +131,8 @@ def _mapped_hash(path: str) -> str:
 
 
 def _main(files: Sequence[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked hears it, too
+
     def leave() -> None:
         sys.stdin.buffer.read()
         os._exit(1)

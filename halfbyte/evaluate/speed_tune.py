@@ -21,7 +21,7 @@ from halfbyte.evaluate.speed_result import portable_command, summary
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
 from halfbyte.platforms.schema import Knob
-from halfbyte.serving import VllmInstall, serve_command
+from halfbyte.serving import ServeCommand, VllmInstall, serve_command
 from halfbyte.serving.bench import OK
 from halfbyte.types import Progress
 
@@ -57,7 +57,8 @@ def tune(
     kept: Words = ()
     rows, seconds, found = [], 0.0, None
     default = None
-    mattering = [k for k in request.platform.tune if k.matters(form, install.version) and k.flag not in request.extra]
+    said = ServeCommand(["vllm", "serve", "", *request.extra]).flags()
+    mattering = [k for k in request.platform.tune if k.matters(form, install.version) and k.flag not in said]
     without = tuple(dict.fromkeys(knob.flag for knob in mattering))
     advised = _advised(request, directory, install, without)
     for knob in (_with_value(knob, advised.get(knob.flag)) for knob in mattering):
@@ -98,7 +99,7 @@ def tune(
         "words": list(kept),
         "gain": gain,
         "command": portable_command(command).shell(),
-        "text": _sentence(kept, gain, level, any(row["kept"] and not row["known"] for row in rows)),
+        "text": _sentence(kept, gain, level, bool(default), any(row["kept"] and not row["known"] for row in rows)),
         "seconds": round(seconds, 2),
         "confidence": CONFIDENCE,
     }
@@ -150,7 +151,7 @@ def _judged(knob: Knob, found: Measured, kept: Words, advised: str | None) -> tu
         if value and gain and gain["low"] > 1 and not knob.changes and (best is None or gain["value"] > best[0]):
             best = (gain["value"], value)
         served = mine and (gain is None or gain["high"] >= 1)
-        if value and value == advised and served and not knob.changes:
+        if value and value == advised and served and not knob.changes and knob.flag not in kept:
             known = value
     if not before and known is None:
         raise HalfbyteError(f"vLLM cannot be measured without {knob.flag}: {tried[0]['status']}: {tried[0]['reason']}")
@@ -173,8 +174,10 @@ def _shown(found: Measured, name: str) -> dict[str, Any]:
     return {key: whole[key] for key in ("status", "reason", RATE, "ttft_ms", "itl_ms")}
 
 
-def _sentence(kept: Words, gain: Mapping[str, float] | None, level: int, sure: bool) -> str:
+def _sentence(kept: Words, gain: Mapping[str, float] | None, level: int, default: bool, sure: bool) -> str:
     flags = " ".join(kept)
+    if not default:
+        return f"at concurrency {level} vLLM cannot be measured without {flags}"
     if not sure:
         stands = f": {flags} stands by the platform's measurements" if kept else ""
         return f"at concurrency {level} no flag is surely faster here than none{stands}"

@@ -18,7 +18,10 @@ from halfbyte.models import Checkpoint
 from halfbyte.models.library import Misfit, load_tokenizer, refuse_unlike
 
 IMPORTED = "transformers.models.auto.modeling_auto"
-_ASK = "import sys; sys.path.append(sys.argv[1]); from halfbyte.experiments.described import main; main(sys.argv[2])"
+_ASK = (
+    "import sys; root, model = sys.argv[1:]; root in sys.path or sys.path.insert(0, root); "
+    "from halfbyte.experiments.described import main; main(model)"
+)
 
 
 class Described:

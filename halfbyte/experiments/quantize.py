@@ -7,7 +7,6 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from halfbyte.experiments.blocks import BlockStore
 from halfbyte.experiments.described import Described, tokenizer_hash
 from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
+from halfbyte.hashing import beside
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
 from halfbyte.models.library import load_model, load_tokenizer, structure_of
 from halfbyte.models.licence import licence_of
@@ -79,8 +79,7 @@ def quantize(
     place = _set_directory(calibration)
     with locked(output), Described(path, device.startswith("cuda")) as described:
         data = calibration_for(recipe, path, calibration, device, progress)
-        with ThreadPoolExecutor(1) as apart:
-            hashing = apart.submit(checkpoint.fingerprint)
+        with beside(checkpoint.fingerprint) as hashing:
             if force or not work_of(output):  # while gigabytes are read, what takes seconds and is needed gets ready
                 if data:
                     structure_of(checkpoint)
@@ -89,7 +88,7 @@ def quantize(
                 if device.startswith("cuda"):
                     torch.zeros(1, device=device)
             fingerprint = hashing.result()
-            if force and not data and any(output.iterdir()):
+            if force and any(output.iterdir()):
                 described.take()  # before anything is given up for it
         work = work_id(recipe, fingerprint, data.sha256 if data else None)
         writer = ArtifactWriter(output, checkpoint, recipe, plans, work)

@@ -35,6 +35,8 @@ DYING_S = 10.0
 """How long a server whose requests fail has to be gone, before it is said to live."""
 RUN_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
+_GONE = 1 << 16
+"""In the place of an exit status: nobody is there to tell it."""
 FORKER = Path(__file__).with_name("forker.py")
 IMPORTED = ("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.benchmark.main",
             "vllm.entrypoints.cli.benchmark.serve", "vllm.benchmarks.serve")  # fmt: skip
@@ -90,8 +92,8 @@ def bench_words(load: Load, url: str, model: str, tokenizer: str | Path, result:
 
 class Loader:
     """`vllm bench serve`, as often as is asked. In `with Loader(install) as loader` its imports, of 5 to 20 seconds,
-    are done once and beside what else goes on (forker.py); where the executable is no Python script, each run is a
-    process of its own."""
+    are done once and beside what else goes on (forker.py). Where the executable is no script of the Python that it
+    names, or the forker does not live, each run is a process of its own."""
 
     def __init__(self, install: VllmInstall) -> None:
         self.install = install
@@ -100,7 +102,7 @@ class Loader:
         self._count = 0
 
     def __enter__(self) -> Loader:
-        if _is_script(self.install.executable):
+        if _runs_by(self.install.executable, self.install.python):
             self._start()
         return self
 
@@ -119,28 +121,37 @@ class Loader:
 
     def run(self, words: Sequence[str], log_path: Path, until: Callable[[], bool]) -> int | None:
         """`vllm WORDS`, its output into a log; its exit status, or None where `until` came before its end."""
-        if self._forker is None or self._place is None or self._forker.poll() is not None:
-            with log_path.open("wb") as log:
-                child = Child([str(self.install.executable), *words], QUIETLY, log, CLIENT_GRACE_S)
-            try:
-                return _awaited(child.poll, until)
-            finally:
-                child.stop()
-        place, forker = Path(self._place.name), self._forker
+        if self._forker and self._place and self._forker.poll() is None:
+            ended = self._forked(self._forker, Path(self._place.name), words, log_path, until)
+            if ended is None:  # what runs is ended with all the rest
+                self.__exit__()
+                self._start()
+            if ended != _GONE:
+                return ended
+        with log_path.open("wb") as log:
+            child = Child([str(self.install.executable), *words], QUIETLY, log, CLIENT_GRACE_S)
+        try:
+            return _awaited(child.poll, until)
+        finally:
+            child.stop()
+
+    def _forked(
+        self, forker: Child, place: Path, words: Sequence[str], log_path: Path, until: Callable[[], bool]
+    ) -> int | None:
+        """As `run`; _GONE where the forker ended and told nothing."""
         told = place / f"{self._count}.code"
 
         def code() -> int | None:
-            if told.exists():
-                return int(told.read_text())
-            return forker.poll()
+            gone = forker.poll() is not None  # asked first: it may have told just before
+            return int(told.read_text()) if told.exists() else _GONE if gone else None
 
-        write_json(place / f"{self._count}.json", {"words": list(words), "log": str(log_path.resolve())})
+        try:
+            write_json(place / f"{self._count}.json", {"words": list(words), "log": str(log_path.resolve())})
+        except HalfbyteError:  # its place is gone, or full
+            forker.stop()
+            return _GONE
         self._count += 1
-        ended = _awaited(code, until)
-        if ended is None:  # what runs is ended with all the rest
-            self.__exit__()
-            self._start()
-        return ended
+        return _awaited(code, until)
 
 
 def run_load(server: Server, loader: Loader, load: Load, tokenizer: str | Path, log_path: Path) -> dict[str, Any]:
@@ -205,10 +216,11 @@ def _awaited(code: Callable[[], int | None], until: Callable[[], bool]) -> int |
     return status
 
 
-def _is_script(executable: Path) -> bool:
-    """Whether a file is a Python script by its first line."""
+def _runs_by(executable: Path, python: Path) -> bool:
+    """Whether a file is a script that this very Python runs, by its first line."""
     with executable.open("rb") as handle:
-        return b"python" in handle.readline(512).partition(b"#!")[2]
+        first = handle.readline(512).decode(errors="replace")
+    return first.startswith("#!") and first[2:].split()[:1] == [str(python)]
 
 
 def _outcome(server: Server, load: Load, code: int | None, raw: Any, log_path: Path) -> dict[str, Any]:

@@ -72,31 +72,37 @@ def tree_bytes(pid: int) -> int | None:
 
 def device_bytes(nvml: Any) -> int | None:
     """Bytes in use on all visible devices together; None where none is found."""
-    used = [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in visible_devices(nvml)]
+    try:
+        used = [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in visible_devices(nvml)]
+    except nvml.NVMLError:  # not every device tells
+        return None
     return sum(used) if used else None
 
 
 def visible_devices(nvml: Any) -> list[Any]:
     """NVML's handles of the devices that CUDA_VISIBLE_DEVICES lets a program see, by number or (the beginning of) a
     UUID; all where it is not set. NVML numbers by the bus, as CUDA does where all are alike or as it is told."""
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    handles = {}
+    for number in range(nvml.nvmlDeviceGetCount()):
+        with suppress(nvml.NVMLError):  # one that is lost is not seen
+            handles[number] = nvml.nvmlDeviceGetHandleByIndex(number)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return handles
+        return list(handles.values())
     seen = []
     for word in (word.strip() for word in named.split(",")):
         if word.isdigit():
-            found = handles[int(word) : int(word) + 1]
+            found = [handle for number, handle in handles.items() if number == int(word)]
         else:
-            found = [handle for handle in handles if word and _uuid(nvml, handle).startswith(word)]
+            uuids = {number: _text(nvml.nvmlDeviceGetUUID(handle)) for number, handle in handles.items()}
+            found = [handle for number, handle in handles.items() if word and uuids[number].startswith(word)]
         if len(found) != 1:
             break  # as CUDA does: what follows an unknown one is not seen
         seen += found
     return seen
 
 
-def _uuid(nvml: Any, handle: Any) -> str:
-    value = nvml.nvmlDeviceGetUUID(handle)
+def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -105,8 +111,7 @@ def device_name() -> str | None:
     knows any."""
     nvml = _nvml()
     if nvml is not None and (handles := visible_devices(nvml)):
-        name, count = nvml.nvmlDeviceGetName(handles[0]), len(handles)
-        name = name.decode() if isinstance(name, bytes) else str(name)
+        count, name = len(handles), _text(nvml.nvmlDeviceGetName(handles[0]))
     elif torch.cuda.is_available():  # also what torch calls AMD's
         count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
     else:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import halfbyte.experiments.described as described_module
 from halfbyte.artifact import ArtifactWriter
+from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError
 from halfbyte.experiments.described import Described, tokenizer_hash
 from halfbyte.experiments.quantize import quantize
@@ -180,12 +182,14 @@ def _fails(path: Path) -> None:
     raise HalfbyteError("sentencepiece is missing")
 
 
+@pytest.mark.parametrize("overrides", [[*DATA_FREE, "group_size=32"], ["tune=none"]])
 def test_force_gives_nothing_up_for_a_model_that_cannot_be_used(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, recipe = tmp_path / "out", load_recipe("B3", DATA_FREE)
-    quantize(str(model), recipe, out)
+    out = tmp_path / "out"
+    quantize(str(model), load_recipe("B3", DATA_FREE), out)
+    data = CalibrationSet.of([torch.arange(2048) % 200], {}) if len(overrides) == 1 else None
     monkeypatch.setattr(described_module, "load_tokenizer", _fails)
     with pytest.raises(HalfbyteError, match="sentencepiece"):
-        quantize(str(model), load_recipe("B3", [*DATA_FREE, "group_size=32"]), out, force=True)
+        quantize(str(model), load_recipe("B3", overrides), out, data, force=True)
     assert (out / "halfbyte.json").is_file() and (out / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte.hashing as hashing
-from halfbyte.hashing import hash_ahead, remembered_hash
+from halfbyte.hashing import beside, hash_ahead, hash_file, remembered_hash
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +98,30 @@ def test_it_is_there_before_torch_is() -> None:
     """The command line begins to hash before what takes seconds is imported."""
     script = "import sys, halfbyte.cli.app, halfbyte.hashing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_an_error_ends_what_is_hashed_beside_it(tmp_path: Path) -> None:
+    """Of a file without end."""
+    ended = list[BaseException]()
+
+    def endless() -> str:
+        try:
+            return hash_file(Path("/dev/zero"))
+        except OSError as error:
+            ended.append(error)
+            raise
+
+    with pytest.raises(KeyboardInterrupt), beside(endless) as hashing:
+        assert not hashing.done()
+        raise KeyboardInterrupt
+    assert isinstance(ended[0], InterruptedError)
+    (tmp_path / "a").write_bytes(b"abc")
+    with beside(lambda: hash_file(tmp_path / "a")) as hashing:
+        assert hashing.result() == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_two_names_of_one_file_are_one(model: Path) -> None:
+    (model / "model-9.safetensors").symlink_to(model / "model-2.safetensors")
+    hash_ahead(model)
+    known = told(model)
+    assert known["model-2.safetensors"] == remembered_hash(model / "model-9.safetensors") and all(known.values())

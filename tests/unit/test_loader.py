@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,12 @@ if words[0] == "raise":
     raise RuntimeError(words[1])
 if words[0] == "kill":
     os.kill(os.getpid(), 9)
+if words[0] == "twice":
+    again = os.path.exists(words[1])
+    open(words[1], "w").write(str(os.getpid()))
+    if again:
+        sys.exit(7)
+    time.sleep(60)
 if words[0] == "sleep":
     open(words[1], "w").write(str(os.getpid()))
     time.sleep(60)
@@ -89,25 +96,37 @@ def test_a_forker_that_is_gone_is_done_without(install: VllmInstall, tmp_path: P
         assert loader.run(["exit", "5"], tmp_path / "a.log", never) == 5
 
 
-def test_a_forker_that_dies_under_a_run_is_an_error(install: VllmInstall, tmp_path: Path) -> None:
+def test_a_run_under_which_the_forker_dies_is_done_again(install: VllmInstall, tmp_path: Path) -> None:
     asleep = tmp_path / "pid"
 
+    killed = list[int]()
+
     def kill() -> bool:
-        if asleep.exists() and asleep.read_text():
-            os.kill(psutil.Process(int(asleep.read_text())).ppid(), 9)
-            asleep.write_text("")
+        if not killed and asleep.exists() and asleep.read_text():
+            killed.append(psutil.Process(int(asleep.read_text())).ppid())
+            os.kill(killed[0], 9)
         return False
 
     with Loader(install) as loader:
-        assert loader.run(["sleep", str(asleep)], tmp_path / "a.log", kill) not in (0, None)
+        assert loader.run(["twice", str(asleep)], tmp_path / "a.log", kill) == 7 and killed
         assert loader.run(["fine"], tmp_path / "b.log", never) == 0
 
 
-def test_what_is_no_python_script_is_run_as_it_is(install: VllmInstall, tmp_path: Path) -> None:
-    shell = tmp_path / "vllm.sh"
-    shell.write_text(f'#!/bin/sh\nexec {sys.executable} {install.executable} "$@"\n')
-    shell.chmod(0o755)
-    with Loader(VllmInstall(shell, "0.32.0", Path(sys.executable))) as loader:
+def test_a_place_that_goes_away_costs_nothing(install: VllmInstall, tmp_path: Path) -> None:
+    with Loader(install) as loader:
+        assert loader.run(["fine"], tmp_path / "a.log", never) == 0 and loader._place is not None
+        shutil.rmtree(loader._place.name)
+        assert loader.run(["exit", "8"], tmp_path / "b.log", never) == 8
+
+
+@pytest.mark.parametrize("first", ["#!/bin/sh", "#!/usr/bin/env python3"])
+def test_what_is_no_script_of_its_python_is_run_as_it_is(first: str, install: VllmInstall, tmp_path: Path) -> None:
+    """`env python3` is whichever comes first on the PATH."""
+    other = tmp_path / "other"
+    rest = "import sys\nsys.exit(6)" if "python" in first else f'exec {sys.executable} {install.executable} "$@"'
+    other.write_text(f"{first}\n{rest}\n")
+    other.chmod(0o755)
+    with Loader(VllmInstall(other, "0.32.0", Path(sys.executable))) as loader:
         assert loader._forker is None
         assert loader.run(["exit", "6"], tmp_path / "a.log", never) == 6
 

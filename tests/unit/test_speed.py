@@ -391,6 +391,8 @@ def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest
             return 2
 
         def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+            if index in lost:
+                raise self.NVMLError
             return index
 
         def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
@@ -402,6 +404,9 @@ def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest
         def nvmlDeviceGetName(self, handle: int) -> bytes:
             return b"NVIDIA H100"
 
+        NVMLError = RuntimeError
+
+    lost = list[int]()
     monkeypatch.setattr(bench_memory, "_nvml", Nvml)
     for seen, used, name in (
         (None, 201, "2 x NVIDIA H100"),
@@ -419,6 +424,11 @@ def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
         assert device_bytes(Nvml()) == used and bench_memory.device_name() == name
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    lost.append(1)
+    assert device_bytes(Nvml()) == 100, "the other one is of no concern"
+    monkeypatch.setattr(Nvml, "nvmlDeviceGetMemoryInfo", lambda *_: Nvml().nvmlDeviceGetHandleByIndex(1))
+    assert device_bytes(Nvml()) is None
     readings = iter([5, None, 9, 7])
     with PeakMemory(lambda: next(readings, None), interval=0.001) as memory:
         while next(readings, "over") != "over":
