@@ -1,6 +1,6 @@
-"""What transformers says of a model directory, where nothing else of a command needs it: whether config.json and the
-weights belong together, and the hash of what the tokenizer does. Its imports take 3 to 10 seconds: where a GPU does the
-work, a process of its own asks meanwhile."""
+"""What transformers says of a model directory: whether config.json and the weights belong together, and the hash of
+what the tokenizer does. Its imports take 3 to 10 seconds: where nothing else needs them and a GPU does the work, a
+process of its own asks meanwhile."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ class Described:
     """One model directory. `begin` asks; `take` waits and returns the tokenizer's hash (None: there is none), or raises
     HalfbyteError. What the process of its own refuses, this one looks at again, and so does it where that one failed:
     transformers then changes torch's default dtype for a moment, so `take` belongs where no other thread computes.
-
-    apart   let a process of its own ask, unless this one has transformers imported already
     """
 
-    def __init__(self, path: Path, apart: bool):
-        self.path, self.apart = path, apart and IMPORTED not in sys.modules
+    def __init__(self, path: Path):
+        self.path = path
         self._child: subprocess.Popen[bytes] | None = None
         self._told: dict[str, Any] | None = None
 
@@ -45,10 +43,10 @@ class Described:
             self._child.kill()
             self._child.communicate()
 
-    def begin(self) -> None:
-        if not self.apart:
+    def begin(self, apart: bool) -> None:
+        """apart: let a process of its own ask, unless this one has transformers imported already."""
+        if not apart or IMPORTED in sys.modules:
             self.take()
-        if self._child or self._told:
             return
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         # -P: without it Python would import what lies in the working directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class Production:
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "solving": 0.0, "writing": 0.0})
     sharing: dict[str, int] = field(default_factory=dict)
     measured: bool = False
+
+    @cached_property
+    def _tokenizer(self) -> str | None:
+        return tokenizer_hash(self.path)
 
     def make(self) -> dict[str, dict[str, Any]]:
         """The manifests of the artifacts by the cells' names; a cell that is not among them has its reason."""
@@ -141,7 +146,7 @@ class Production:
             data,
             self.device,
             self.command,
-            tokenizer_hash(self.path),
+            self._tokenizer,
         )
         told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans, Quiet())]
         alone = self.seconds["statistics"] + sum(cell.seconds.values())

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from halfbyte.artifact import ArtifactWriter, read_manifest, work_of
+from halfbyte.artifact import MANIFEST, ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import BlockResult, Job, Skeleton, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
 from halfbyte.engine.tune import SCHEDULES, train
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
-from halfbyte.experiments.described import Described, tokenizer_hash
+from halfbyte.experiments.described import Described
 from halfbyte.experiments.tokens import keep_tokens
 from halfbyte.files import locked, portable, seen_from
 from halfbyte.hashing import beside
 from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
-from halfbyte.models.library import load_model, load_tokenizer, structure_of
+from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.models.licence import licence_of
 from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
 from halfbyte.plan.layers import LinearPlan, assign, quantized
@@ -77,15 +77,13 @@ def quantize(
     if output.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"{output} holds the model {path} itself: choose another -o")
     place = _set_directory(calibration)
-    with locked(output), Described(path, device.startswith("cuda")) as described:
+    with locked(output), Described(path) as described:
         data = calibration_for(recipe, path, calibration, device, progress)
         with beside(checkpoint.fingerprint) as hashing:
-            if force or not work_of(output):  # while gigabytes are read, what takes seconds and is needed gets ready
-                if data:
-                    structure_of(checkpoint)
-                else:
-                    described.begin()
-                if device.startswith("cuda"):
+            if force or not (output / MANIFEST).is_file():  # what takes seconds and is needed next, meanwhile
+                on_gpu = device.startswith("cuda")
+                described.begin(apart=on_gpu and not data)
+                if on_gpu:
                     torch.zeros(1, device=device)
             fingerprint = hashing.result()
             if force and any(output.iterdir()):
@@ -100,9 +98,7 @@ def quantize(
                 return read_manifest(output)
             if workers:
                 workers.open()
-            if not data:
-                described.begin()
-                described.take_if_ready()
+            described.take_if_ready()
             told = cast_notices(checkpoint, plans, progress)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             if blocks and data:
@@ -124,9 +120,9 @@ def quantize(
             seconds = round(time.monotonic() - started, 3)
 
             def facts() -> dict[str, Any]:
-                tokenizer = tokenizer_hash(path) if data else described.take()
+                mark = described.take()
                 return {
-                    **manifest_facts(model, path, output, fingerprint, recipe, data, device, command, tokenizer),
+                    **manifest_facts(model, path, output, fingerprint, recipe, data, device, command, mark),
                     "calibration_path": seen_from(output, place) if place else None,
                     "notices": told,
                     "resumed": resumed,

@@ -20,7 +20,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_json
 from halfbyte.serving.child import Child
 from halfbyte.serving.client import Client
-from halfbyte.serving.install import VllmInstall
+from halfbyte.serving.install import VllmInstall, shebang
 from halfbyte.serving.log import read_log, root_error
 from halfbyte.serving.process import Server
 
@@ -102,7 +102,7 @@ class Loader:
         self._count = 0
 
     def __enter__(self) -> Loader:
-        if _runs_by(self.install.executable, self.install.python):
+        if shebang(self.install.executable)[:1] == [str(self.install.python)]:
             self._start()
         return self
 
@@ -214,13 +214,6 @@ def _awaited(code: Callable[[], int | None], until: Callable[[], bool]) -> int |
             return None
         time.sleep(_POLL_S)
     return status
-
-
-def _runs_by(executable: Path, python: Path) -> bool:
-    """Whether a file is a script that this very Python runs, by its first line."""
-    with executable.open("rb") as handle:
-        first = handle.readline(512).decode(errors="replace")
-    return first.startswith("#!") and first[2:].split()[:1] == [str(python)]
 
 
 def _outcome(server: Server, load: Load, code: int | None, raw: Any, log_path: Path) -> dict[str, Any]:

@@ -75,15 +75,20 @@ def _install(executable: Path) -> VllmInstall:
 
 def _python_of(executable: Path) -> Path | None:
     """The interpreter in the script's first line, else the one beside the script (conda and uv write such wrappers)."""
-    with executable.open("rb") as handle:
-        first = handle.readline(512).decode(errors="replace").strip()
-    words = first.removeprefix("#!").split() if first.startswith("#!") else []
+    words = shebang(executable)
     if words and "python" in Path(words[0]).name and _runs(Path(words[0])):
         return Path(words[0])
     for beside in (executable.parent, executable.resolve().parent):
         if _runs(beside / "python"):
             return beside / "python"
     return None
+
+
+def shebang(executable: Path) -> list[str]:
+    """The words of a script's first line behind #!; none where it is no script."""
+    with executable.open("rb") as handle:
+        first = handle.readline(512).decode(errors="replace")
+    return first[2:].split() if first.startswith("#!") else []
 
 
 def _output(command: list[str], timeout: float) -> str | None:

@@ -48,11 +48,11 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_of_its_own_says_what_this_one_does(
     model: Path, apart: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Described(model, apart=False)
-    here.begin()
+    here = Described(model)
+    here.begin(apart=False)
     monkeypatch.setattr(described_module, "describe", None)
-    with Described(model, apart=True) as there:
-        there.begin()
+    with Described(model) as there:
+        there.begin(apart=True)
         assert there.take() == here.take() == tokenizer_hash(model) and load_tokenizer(model)
         assert there.misfit(wait=True) is None and there._child is not None and there._child.returncode == 0
 
@@ -60,9 +60,9 @@ def test_a_process_of_its_own_says_what_this_one_does(
 def test_it_says_what_is_wrong(model: Path, apart: None) -> None:
     name = reshaped(model)
     with pytest.raises(HalfbyteError, match=f"{name} is .* do they belong together"):
-        Described(model, apart=False).begin()
-    with Described(model, apart=True) as there:
-        there.begin()
+        Described(model).begin(apart=False)
+    with Described(model) as there:
+        there.begin(apart=True)
         assert there.misfit(wait=False) is None, "not known yet"
         assert there._child is not None
         while there._child.poll() is None:
@@ -74,8 +74,8 @@ def test_it_says_what_is_wrong(model: Path, apart: None) -> None:
 
 def test_a_tokenizer_that_cannot_be_loaded_is_no_misfit(model: Path, apart: None) -> None:
     (model / "tokenizer.json").write_text("{}")
-    with Described(model, apart=True) as there:
-        there.begin()
+    with Described(model) as there:
+        there.begin(apart=True)
         with pytest.raises(HalfbyteError, match="no tokenizer that transformers can load"):
             there.take()
         assert there.misfit(wait=True) is None
@@ -88,8 +88,8 @@ def test_it_runs_nothing_of_the_working_directory(
     for name in ("tokenizers", "transformers", "json", "halfbyte"):
         (model / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
     monkeypatch.chdir(model)
-    with Described(model, apart=True) as there:
-        there.begin()
+    with Described(model) as there:
+        there.begin(apart=True)
         assert there._child is not None and there._child.wait() == 0
         assert there.take() and not (tmp_path / "ran").exists()
 
@@ -97,7 +97,7 @@ def test_it_runs_nothing_of_the_working_directory(
 def test_what_a_child_refuses_in_vain_is_asked_here(model: Path, apart: None, monkeypatch: pytest.MonkeyPatch) -> None:
     no = {"refused": "no memory", "misfit": False, "tokenizer_sha256": None}
     monkeypatch.setattr(Described, "_of_child", lambda self: no)
-    with Described(model, apart=True) as there:
+    with Described(model) as there:
         assert there.take() == tokenizer_hash(model)
 
 
@@ -110,14 +110,14 @@ def test_without_a_child_this_process_asks(
     talker.chmod(0o755)
     for executable in (sys.executable + ".missing", "/bin/false", str(talker)):
         monkeypatch.setattr(sys, "executable", executable)
-        with Described(model, apart=True) as there:
-            there.begin()
+        with Described(model) as there:
+            there.begin(apart=True)
             assert there.take() == expected
 
 
 def test_a_child_that_is_not_waited_for_goes(model: Path, apart: None) -> None:
-    with Described(model, apart=True) as there:
-        there.begin()
+    with Described(model) as there:
+        there.begin(apart=True)
         assert there._child is not None
         os.kill(there._child.pid, 0)
     assert there._child.returncode is not None
@@ -130,7 +130,7 @@ def test_a_data_free_pass_over_a_misfit_leaves_nothing(
     """Also where the answer comes when the weight files are there already."""
     name, out = reshaped(model), tmp_path / "out"
     if late:
-        monkeypatch.setattr(Described, "begin", lambda self: None)
+        monkeypatch.setattr(Described, "begin", lambda self, apart: None)
     with pytest.raises(HalfbyteError, match=name):
         quantize(str(model), load_recipe("B3", DATA_FREE), out)
     assert not out.exists()
@@ -139,7 +139,7 @@ def test_a_data_free_pass_over_a_misfit_leaves_nothing(
 def test_a_misfit_is_the_reason_whatever_the_pass_raises(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: None
 ) -> None:
-    monkeypatch.setattr(Described, "__init__", _always_apart(Described.__init__))
+    monkeypatch.setattr(Described, "begin", _always_apart(Described.begin))
     monkeypatch.setattr(Described, "take_if_ready", lambda self: None)
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -150,8 +150,8 @@ def test_a_misfit_is_the_reason_whatever_the_pass_raises(
     assert not (tmp_path / "out").exists()
 
 
-def _always_apart(init: Any) -> Any:
-    return lambda self, path, apart: init(self, path, True)
+def _always_apart(begin: Any) -> Any:
+    return lambda self, apart: begin(self, True)
 
 
 def test_a_tokenizer_that_fails_costs_no_block_and_no_file(
