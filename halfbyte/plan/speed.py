@@ -54,7 +54,8 @@ def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[Sp
     rows = table.rows_for(str(recipe.format), variant_of(recipe), kv_cache) if table else ()
     if not table or not rows:
         return None
-    return max(((row, table.speedup(row, concurrency)) for row in rows), key=lambda pair: pair[1])
+    row = table.fastest(rows, concurrency)
+    return row, table.speedup(row, concurrency)
 
 
 def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float | None:
@@ -115,7 +116,7 @@ def _row(
         "format": recipe.format,
         "variant": variant_of(recipe),
         "kernel": kernel,
-        "flags": flag_words(row.flags) if row else "",
+        "flags": flag_words(row.all_flags) if row else "",
         "note": row.note if row else "",
         "gains": gains,
     }

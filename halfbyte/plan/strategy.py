@@ -28,7 +28,7 @@ def disagreements(
         return []
     rows = []
     for platform in platforms:
-        table = speed_table(platform)
+        table = speed_table(platform, STRATEGY_FIRST.format, variant_of(STRATEGY_FIRST))
         default = _default_row(table, platform) if table else None
         if not table or default is None:
             continue
@@ -43,7 +43,7 @@ def _default_row(table: SpeedTable, platform: Platform) -> SpeedRow | None:
     """What serves the strategy's choice, with the platform's KV cache, when no flag chooses a kernel."""
     kv_cache = platform.flags.get("--kv-cache-dtype")
     rows = table.rows_for(str(STRATEGY_FIRST.format), variant_of(STRATEGY_FIRST), kv_cache)
-    return next((row for row in rows if not row.own_flags), None)
+    return next((row for row in rows if not row.flags), None)
 
 
 def _disagreement(
@@ -64,7 +64,7 @@ def _disagreement(
         "concurrency": at,
         "strategy": {"title": title(STRATEGY_FIRST), "kernel": default.kernel, "gain": round(slow, 2)},
         "evidence": [
-            {"title": title(recipe), "kernel": row.kernel, "flags": flag_words(row.own_flags), "gain": round(gain, 2)}
+            {"title": title(recipe), "kernel": row.kernel, "flags": flag_words(row.flags), "gain": round(gain, 2)}
             for recipe, row, gain in faster
         ],
         "do": " or ".join(ways),
@@ -74,8 +74,8 @@ def _disagreement(
 
 def _way(recipe: Recipe, row: SpeedRow) -> str:
     name = recipe.method.upper()
-    if row.own_flags:
-        return f"{name} served with {flag_words(row.own_flags)}"
+    if row.flags:
+        return f"{name} served with {flag_words(row.flags)}"
     return f"{name} with {row.kernel}"
 
 
