@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.plan.rules import EVERY_FORMAT, GROUPS, GUIDE, NVFP4_BLOCKS, POLICY, Reason, Tier, data_source, guide
-from halfbyte.plan.speed import Model, best_speed, is_near, mean_speed, speed_table
+from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, mean_speed, speed_table
 from halfbyte.plan.words import joined, title, variant_of
 from halfbyte.platforms import Avoid, Platform, within
 from halfbyte.recipe.schema import Recipe
@@ -154,8 +154,12 @@ def nvfp4_for(platforms: Sequence[Platform], levels: Sequence[int], tier: Tier |
     with_inputs = Recipe.model_validate({**keys, "activations": "fp4"})
     for platform in platforms:
         plain, other = mean_speed(weight_only, platform, levels), mean_speed(with_inputs, platform, levels)
-        if other and (not plain or other > plain * guide().margin.ratio):
+        least = least_gain(with_inputs, platform, levels)
+        if other and (not plain or other > plain * least):
             return with_inputs
+        taken = [[best_speed(recipe, platform, level) for level in levels] for recipe in (weight_only, with_inputs)]
+        if plain and other and taken[0] != taken[1] and other * least >= plain:
+            return with_inputs  # its kernel is the faster one where repeats tell
     measured = any(mean_speed(weight_only, platform, levels) for platform in platforms)
     warned = [any(_warnings(recipe, p) for p in platforms) for recipe in (weight_only, with_inputs)]
     return with_inputs if not measured and warned == [True, False] else weight_only
@@ -170,7 +174,7 @@ def _first(usable: Sequence[Recipe], platforms: Sequence[Platform], levels: Sequ
         for platform in platforms:
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
-            if a and b and table and b > a * guide().margin.ratio:
+            if a and b and table and b > a * least_gain(other, platform, levels):
                 at = joined([*map(str, levels)])
                 text = (
                     f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} its fastest kernel "

@@ -64,6 +64,13 @@ def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> flo
     return math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
 
 
+def least_gain(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float:
+    """The ratio of two speeds at these concurrencies from which they differ: guide.yaml's, or that of repeats."""
+    table = speed_table(platform, recipe.format, variant_of(recipe))
+    apart = [table.apart.get(table.nearest(level), 0.0) for level in levels] if table else []
+    return max([guide().margin.ratio, *(1 + share for share in apart)])
+
+
 def half_and_half(context: int) -> tuple[int, int]:
     """Prompt and answer of the sequence that a prediction is made for: half of the context each."""
     return max(1, context // 2), max(1, context - context // 2)

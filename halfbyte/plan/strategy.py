@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.plan.decision import hindrance
 from halfbyte.plan.rules import GUIDE, guide
-from halfbyte.plan.speed import Model, best_speed, is_near, speed_table
+from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, speed_table
 from halfbyte.plan.words import flag_words, title, variant_of
 from halfbyte.platforms import Platform, SpeedRow, SpeedTable
 from halfbyte.recipe.schema import Recipe
@@ -50,10 +50,11 @@ def _disagreement(
     platform: Platform, table: SpeedTable, default: SpeedRow, rivals: Sequence[Recipe], at: int
 ) -> dict[str, Any] | None:
     slow = table.speedup(default, at)
+    beyond = slow * least_gain(STRATEGY_FIRST, platform, [at])
     faster = []
     for recipe in rivals:
         best = best_speed(recipe, platform, at)
-        if best and best[0] is not default and best[1] > slow * guide().margin.ratio:
+        if best and best[0] is not default and best[1] > beyond:
             faster.append((recipe, *best))
     if not faster:
         return None
