@@ -81,7 +81,8 @@ def bench(
     """Tokens/s, latencies, memory at each concurrency in real vLLM, 4-bit against BF16. After --: words for vLLM."""
     from halfbyte.cli.bench_words import bench_words
     from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
-    from halfbyte.evaluate.speed_evidence import write_evidence
+    from halfbyte.evaluate.speed_evidence import refuse_evidence, write_evidence
+    from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.evaluate.speed_result import write_bench
     from halfbyte.evaluate.stability import Watch
     from halfbyte.platforms import load_platform
@@ -91,7 +92,10 @@ def bench(
     configs = [_config(text) for text in config or []]
     platform, output = load_platform(on), into or beside(directory)
     install = find_vllm(vllm)
+    if evidence:
+        refuse_evidence(evidence, directory, alone)
     with progress() as shown:
+        measured_here([platform], shown)
         reference = None if alone else _baseline(directory, baseline, shown)
         first = [Variant(BASELINE, reference)] if reference else []
         variants = (*first, Variant(MODEL, directory), *(Variant(name, directory, words) for name, words in configs))
@@ -138,6 +142,7 @@ def tune(
     """The fastest vLLM command for this artifact on this machine: the flags that matter, measured one by one."""
     from halfbyte.cli.bench_words import tune_words
     from halfbyte.evaluate.speed import BenchRequest
+    from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.evaluate.speed_tune import tune as do
     from halfbyte.models import Checkpoint
     from halfbyte.platforms import load_platform
@@ -159,6 +164,7 @@ def tune(
         tuple(context.args),
     )
     with progress() as shown:
+        measured_here([request.platform], shown)
         result = do(request, directory, output, find_vllm(vllm), force=force, progress=shown)
     emit(result, style, tune_words(directory, output, result))
 

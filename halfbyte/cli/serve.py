@@ -39,7 +39,8 @@ def serve(
     from halfbyte.serving import find_vllm, run_in_place, serve_command
 
     known = [*(evidence or []), cache_dir() / "evidence"]
-    platform = nearest_first(load_platform(on, known), Model(_parameters(Checkpoint(directory)), _ranks(context.args)))
+    size = Model(_parameters(Checkpoint(directory)), _ranks(context.args))
+    platform = nearest_first(load_platform(on, known), size)
     own = [read_table(path) for path in evidence or [] if path.is_file()]
     seen = [table.vllm for table in own if table.device.casefold() == platform.name.casefold()]
     install = None
@@ -57,6 +58,7 @@ def serve(
         port=port,
         extra=context.args,
         vllm_version=install.version if install and not only_print else next(iter(seen), None),
+        size=size,
     )
     for note in command.notes:
         typer.echo(f"note: {note}", err=True)
@@ -86,7 +88,7 @@ def _ranks(words: list[str]) -> int:
     """The devices that share the model, by the user's own words for vLLM."""
     import re
 
-    given = re.findall(r"--tensor[-_]parallel[-_]size[ =](\d+)", " ".join(words))
+    given = re.findall(r"(?:--tensor[-_]parallel[-_]size|-tp)[ =](\d+)", " ".join(words))
     return int(given[-1]) if given else 1
 
 

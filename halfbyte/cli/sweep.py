@@ -59,11 +59,15 @@ def sweep(
     style: Style = Format.human,
 ) -> None:
     """The experiment matrix: every cell made and judged, what they share done once, ranked by quality."""
+    from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.experiments.sweep import sweep as do
+    from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
 
     install = find_vllm(vllm) if bench else None
     with progress() as shown, workers_of(ray, ray_workers, ray_resources, device, shown) as them:
+        if bench:
+            measured_here([load_platform(on[0])], shown)
         run = partial(
             do,
             model,

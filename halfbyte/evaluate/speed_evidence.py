@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import datetime
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.artifact.manifest import read_manifest
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import GIB, summary
-from halfbyte.files import make_directory, write_json
+from halfbyte.files import make_directory, refused, write_json
 from halfbyte.models import Checkpoint
 from halfbyte.platforms import Platform, SpeedTable
+from halfbyte.platforms.base import KV_FLAG
 from halfbyte.serving import ServeCommand, declared_variant
 from halfbyte.serving.bench import NO_REUSE, OK
 
@@ -54,12 +56,25 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "prompt_tokens": request.input_tokens,
         "output_tokens": request.output_tokens,
         "note": f"vllm bench serve, median of {request.repeats}",
+        "apart": {str(level): max(_apart(found, name, level) for name in ran) for level in levels},
         "rows": [_row(found, result, variant, levels, ran[variant.name]) for variant in variants],
     }
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
     SpeedTable.model_validate(table)
     return table, left_out
+
+
+def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
+    """Say before anything is measured what would leave no evidence file. Raises UsageError, HalfbyteError."""
+    if alone or format_of(directory) is None:
+        what = "leave out --alone" if alone else f"{directory} is no 4-bit artifact"
+        raise UsageError(f"--evidence compares a 4-bit artifact with BF16: {what}")
+    try:
+        with tempfile.TemporaryFile(dir=make_directory(path.parent)):
+            pass
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
@@ -71,9 +86,10 @@ def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> li
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
-    """The flags by which a command differs from what vLLM would do by itself: what makes it take that kernel."""
-    ours, theirs = command.flags(), plain.flags()
-    return {flag: value for flag, value in ours.items() if theirs.get(flag, "") != value and flag not in NO_REUSE}
+    """The flags by which a command differs from what vLLM would do by itself: what makes it take that kernel. The KV
+    cache does not."""
+    ours, theirs, not_a_kernels = command.flags(), plain.flags(), (*NO_REUSE, KV_FLAG)
+    return {flag: value for flag, value in ours.items() if theirs.get(flag, "") != value and flag not in not_a_kernels}
 
 
 def plain_command(found: Measured) -> ServeCommand:
@@ -93,6 +109,12 @@ def _rates(found: Measured, variant: str) -> dict[int, float]:
     return rates
 
 
+def _apart(found: Measured, name: str, level: int) -> float:
+    """How far a configuration's repeats lie apart at a concurrency: 0.1 is 10 %."""
+    rates = [run["output_tokens_per_second"] for run in found.runs(name, f"c{level}")]
+    return round(max(rates) / min(rates) - 1, 4)
+
+
 def _row(
     found: Measured, result: Mapping[str, Any], variant: Variant, levels: list[int], rates: Mapping[int, float]
 ) -> dict[str, Any]:
@@ -109,6 +131,7 @@ def _row(
         "variants": [declared] if declared else [],
         "group_size": None if bf16 else manifest.get("recipe", {}).get("group_size"),
         "flags": {} if bf16 else extra_flags(found.commands[name], plain_command(found)),
+        "kv_cache": found.commands[name].value(KV_FLAG) or "auto",
         "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
         "seconds": {str(level): level * request.output_tokens / rates[level] for level in levels},
     }

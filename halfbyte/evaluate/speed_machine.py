@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.platforms import Platform, list_platforms, load_platform
 from halfbyte.serving.bench_memory import device_name
+from halfbyte.types import Progress
 
 NODES = {"NVIDIA": "/dev/nvidiactl", "AMD": "/dev/kfd"}
 """What a driver makes in /dev, by the GPU's maker."""
@@ -31,6 +34,22 @@ def nearness(platform: Platform) -> int:
     if not platform.device or platform.device in named:
         return 2
     return int(platform.maker in named)
+
+
+def measured_here(platforms: Sequence[Platform], progress: Progress) -> Platform:
+    """The first of the platforms that this machine is; failing that, one that its GPU stands in for, which is said.
+
+    Raises HalfbyteError where it is none of them: what is measured would be called by the wrong name.
+    """
+    best = max(platforms, key=nearness)
+    if not nearness(best):
+        names = " and ".join(platform.name for platform in platforms)
+        raise HalfbyteError(
+            f"this machine ({hardware(True)}) is not {names}: measure there, with halfbyte bench DIR --on {best.name}"
+        )
+    if nearness(best) == 1:
+        progress.say(f"measured on {hardware(True)}, not on {best.name}: it is served with the flags of that")
+    return best
 
 
 def platform_here() -> str:

@@ -15,12 +15,11 @@ from pydantic import Field
 
 from halfbyte.errors import UsageError
 from halfbyte.experiments.axes import nested
-from halfbyte.platforms.base import Data, merged
+from halfbyte.platforms.base import KV_FLAG, Data, merged
 from halfbyte.recipe import CalibrationSpec, Recipe
 from halfbyte.recipe.loader import recipe_from_mapping
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-KV_FLAG = "--kv-cache-dtype"
 
 
 class Move(Data):

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.speed import BASELINE, MODEL, ROOM, BenchRequest, Measured, Variant, context_limit, measure
-from halfbyte.evaluate.speed_machine import hardware, nearness
+from halfbyte.evaluate.speed_machine import measured_here
 from halfbyte.evaluate.speed_result import bench_result, stability_result
 from halfbyte.evaluate.stability import PROMPT_ROOM, Watch
-from halfbyte.platforms import Platform
 from halfbyte.serving import find_vllm
 
 if TYPE_CHECKING:
@@ -51,22 +50,6 @@ def stability(subject: Subject) -> Mapping[str, Any]:
     return found
 
 
-def platform_here(subject: Subject) -> Platform:
-    """The first of the platforms that this machine is; failing that, one that its GPU stands in for, which is said.
-
-    Raises HalfbyteError where it is none of them.
-    """
-    best = max(subject.platforms, key=nearness)
-    if not nearness(best):
-        names = " and ".join(platform.name for platform in subject.platforms)
-        raise HalfbyteError(
-            f"this machine ({hardware(True)}) is not {names}: measure there, with halfbyte bench model --on {best.name}"
-        )
-    if nearness(best) == 1:
-        subject.progress.say(f"measured on {hardware(True)}, not on {best.name}: it is served with the flags of that")
-    return best
-
-
 def sizes(subject: Subject) -> tuple[int, int]:
     """(tokens of a prompt and of an answer, tokens of a long answer) that the model and --context have room for.
 
@@ -81,7 +64,7 @@ def sizes(subject: Subject) -> tuple[int, int]:
 
 
 def _measured(subject: Subject, watched: bool, loads: bool) -> Measured:
-    here, (short, long) = platform_here(subject), sizes(subject)
+    here, (short, long) = measured_here(subject.platforms, subject.progress), sizes(subject)
     watch = Watch(max(levels(subject)), LOAD_SECONDS, long) if watched else None
     variants = (Variant(BASELINE, subject.path), Variant(MODEL, subject.artifact))
     request = BenchRequest(variants, here, levels(subject), short, short, watch=watch, loads=loads)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.plan.rules import EVERY_FORMAT, GROUPS, GUIDE, NVFP4_BLOCKS, POLICY, Reason, Tier, data_source, guide
-from halfbyte.plan.speed import best_speed, mean_speed, speed_table
+from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, mean_speed, speed_table
 from halfbyte.plan.words import joined, title, variant_of
 from halfbyte.platforms import Avoid, Platform, within
 from halfbyte.recipe.schema import Recipe
@@ -41,12 +41,14 @@ def choose(
     levels: Sequence[int],
     budget: float | None = None,
     experts: bool = False,
+    size: Model | None = None,
 ) -> Decision:
     """A recipe for a model whose linears have those input widths (per rank), served on all of `platforms`.
 
     levels   the concurrencies it is chosen for
     budget   the stated increase of perplexity (0.05 is +5 %), or None
     experts  whether the model is a mixture of experts
+    size     the model's: figures of one that is not near it are not told; None: all are
     """
     tier = guide().tier(budget)
     group, group_reason = _group(widths, tier)
@@ -72,7 +74,7 @@ def choose(
     else:
         decision.reasons.append(group_reason)
     decision.reasons += _layers(chosen, budget, tier)
-    decision.alternatives = [_also(recipe, platforms, levels) for recipe in usable if recipe is not chosen]
+    decision.alternatives = [_also(recipe, platforms, levels, size) for recipe in usable if recipe is not chosen]
     return decision
 
 
@@ -152,8 +154,12 @@ def nvfp4_for(platforms: Sequence[Platform], levels: Sequence[int], tier: Tier |
     with_inputs = Recipe.model_validate({**keys, "activations": "fp4"})
     for platform in platforms:
         plain, other = mean_speed(weight_only, platform, levels), mean_speed(with_inputs, platform, levels)
-        if other and (not plain or other > plain * guide().margin.ratio):
+        least = least_gain(with_inputs, platform, levels)
+        if other and (not plain or other > plain * least):
             return with_inputs
+        taken = [[best_speed(recipe, platform, level) for level in levels] for recipe in (weight_only, with_inputs)]
+        if plain and other and taken[0] != taken[1] and other * least >= plain:
+            return with_inputs  # its kernel is the faster one where repeats tell
     measured = any(mean_speed(weight_only, platform, levels) for platform in platforms)
     warned = [any(_warnings(recipe, p) for p in platforms) for recipe in (weight_only, with_inputs)]
     return with_inputs if not measured and warned == [True, False] else weight_only
@@ -168,7 +174,7 @@ def _first(usable: Sequence[Recipe], platforms: Sequence[Platform], levels: Sequ
         for platform in platforms:
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
-            if a and b and table and b > a * guide().margin.ratio:
+            if a and b and table and b > a * least_gain(other, platform, levels):
                 at = joined([*map(str, levels)])
                 text = (
                     f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} its fastest kernel "
@@ -193,12 +199,12 @@ def _layers(recipe: Recipe, budget: float | None, tier: Tier) -> list[Reason]:
     return reasons
 
 
-def _also(recipe: Recipe, platforms: Sequence[Platform], levels: Sequence[int]) -> dict[str, Any]:
+def _also(recipe: Recipe, platforms: Sequence[Platform], levels: Sequence[int], size: Model | None) -> dict[str, Any]:
     told, sources = [WHY_ALSO[recipe.method]], [GUIDE]
     for platform in platforms:
-        table = speed_table(platform)
+        table = speed_table(platform, recipe.format, variant_of(recipe))
         bests = [(level, best) for level in levels if (best := best_speed(recipe, platform, level))]
-        if table and bests:
+        if table and bests and (size is None or is_near(table, size)):
             gains = ", ".join(f"{gain:.2f}x at {table.nearest(level)}" for level, (_, gain) in bests)
             kernels = joined([*dict.fromkeys(row.kernel for _, (row, _) in bests)])
             told.append(f"{platform.name}: {gains} ({kernels}, measured on {table.model.name.split(',')[0]})")

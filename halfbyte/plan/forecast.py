@@ -107,7 +107,7 @@ class Forecast:
         rows = []
         for recipe in shown:
             rows += predict(recipe, platform, size, self._works(platform, recipe), context, self.levels)
-        table = speed_table(platform)
+        table = speed_table(platform, chosen.format, variant_of(chosen))
         return {
             "platform": platform.name,
             "vllm": platform.vllm,
@@ -146,7 +146,7 @@ class Forecast:
 
 
 def _name(row: SpeedRow) -> tuple[str, str]:
-    return row.kernel, flag_words(row.flags)
+    return row.kernel, flag_words(row.all_flags)
 
 
 def _served(platform: Platform, chosen: Recipe, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

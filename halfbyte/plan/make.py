@@ -80,7 +80,7 @@ def make_plan(
     if recipe:
         decision = Decision(recipe, avoided=_against(recipe, platforms, experts))
     else:
-        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"), experts)
+        decision = choose(rank_widths(checkpoint, tp), platforms, levels, limits.get("ppl"), experts, size)
     chosen = decision.recipe
     linears = inventory.footprints(chosen, checkpoint)
     forecast = Forecast(checkpoint, model, context, levels, tp)

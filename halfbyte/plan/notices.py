@@ -194,22 +194,29 @@ def _calibration(at: Setting) -> list[Reason]:
 def _kernels(at: Setting) -> list[Reason]:
     found = []
     for platform in at.platforms:
-        table, level = speed_table(platform), max(at.levels)
+        table, level = speed_table(platform, at.recipe.format, variant_of(at.recipe)), max(at.levels)
         best = best_speed(at.recipe, platform, level)
         if table is None or best is None:
             continue
         row, gain = best
         rows = table.rows_for(str(at.recipe.format), variant_of(at.recipe), row.kv_cache)
-        default = [other for other in rows if not other.own_flags]
-        if row.own_flags and default:
+        default = [other for other in rows if not other.flags]
+        near = is_near(table, at.size)
+        if row.flags and default and not near:
+            text = (
+                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, the faster one by a measurement "
+                f"of another size); without it vLLM takes {default[0].kernel}"
+            )
+            found.append(Reason("kernel-flag", text, str(table.evidence)))
+        elif row.flags and default:
             slow, measured = table.speedup(default[0], level), table.nearest(level)
             text = (
-                f"{platform.name}: serve with {flag_words(row.own_flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
+                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
                 f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow:.2f}x"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
         slower = [c for c in row.seconds if row.seconds[c] > table.baseline.seconds[c]]
-        if slower:
+        if slower and near:
             text = (
                 f"{platform.name}: at concurrency {joined([*map(str, slower)])} {row.kernel} measured slower than "
                 "BF16; what is gained there is memory"

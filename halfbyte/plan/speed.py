@@ -54,13 +54,21 @@ def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[Sp
     rows = table.rows_for(str(recipe.format), variant_of(recipe), kv_cache) if table else ()
     if not table or not rows:
         return None
-    return max(((row, table.speedup(row, concurrency)) for row in rows), key=lambda pair: pair[1])
+    row = table.fastest(rows, concurrency)
+    return row, table.speedup(row, concurrency)
 
 
 def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float | None:
     """The geometric mean over concurrencies of the best measured gain; None where nothing was measured."""
     gains = [best[1] for level in levels if (best := best_speed(recipe, platform, level))]
     return math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
+
+
+def least_gain(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float:
+    """The ratio of two speeds at these concurrencies from which they differ: guide.yaml's, or that of repeats."""
+    table = speed_table(platform, recipe.format, variant_of(recipe))
+    apart = [table.apart.get(table.nearest(level), 0.0) for level in levels] if table else []
+    return max([guide().margin.ratio, *(1 + share for share in apart)])
 
 
 def half_and_half(context: int) -> tuple[int, int]:
@@ -115,7 +123,7 @@ def _row(
         "format": recipe.format,
         "variant": variant_of(recipe),
         "kernel": kernel,
-        "flags": flag_words(row.flags) if row else "",
+        "flags": flag_words(row.all_flags) if row else "",
         "note": row.note if row else "",
         "gains": gains,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.plan.decision import hindrance
 from halfbyte.plan.rules import GUIDE, guide
-from halfbyte.plan.speed import Model, best_speed, is_near, speed_table
+from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, speed_table
 from halfbyte.plan.words import flag_words, title, variant_of
 from halfbyte.platforms import Platform, SpeedRow, SpeedTable
 from halfbyte.recipe.schema import Recipe
@@ -28,7 +28,7 @@ def disagreements(
         return []
     rows = []
     for platform in platforms:
-        table = speed_table(platform)
+        table = speed_table(platform, STRATEGY_FIRST.format, variant_of(STRATEGY_FIRST))
         default = _default_row(table, platform) if table else None
         if not table or default is None:
             continue
@@ -43,17 +43,18 @@ def _default_row(table: SpeedTable, platform: Platform) -> SpeedRow | None:
     """What serves the strategy's choice, with the platform's KV cache, when no flag chooses a kernel."""
     kv_cache = platform.flags.get("--kv-cache-dtype")
     rows = table.rows_for(str(STRATEGY_FIRST.format), variant_of(STRATEGY_FIRST), kv_cache)
-    return next((row for row in rows if not row.own_flags), None)
+    return next((row for row in rows if not row.flags), None)
 
 
 def _disagreement(
     platform: Platform, table: SpeedTable, default: SpeedRow, rivals: Sequence[Recipe], at: int
 ) -> dict[str, Any] | None:
     slow = table.speedup(default, at)
+    beyond = slow * least_gain(STRATEGY_FIRST, platform, [at])
     faster = []
     for recipe in rivals:
         best = best_speed(recipe, platform, at)
-        if best and best[0] is not default and best[1] > slow * guide().margin.ratio:
+        if best and best[0] is not default and best[1] > beyond:
             faster.append((recipe, *best))
     if not faster:
         return None
@@ -64,7 +65,7 @@ def _disagreement(
         "concurrency": at,
         "strategy": {"title": title(STRATEGY_FIRST), "kernel": default.kernel, "gain": round(slow, 2)},
         "evidence": [
-            {"title": title(recipe), "kernel": row.kernel, "flags": flag_words(row.own_flags), "gain": round(gain, 2)}
+            {"title": title(recipe), "kernel": row.kernel, "flags": flag_words(row.flags), "gain": round(gain, 2)}
             for recipe, row, gain in faster
         ],
         "do": " or ".join(ways),
@@ -74,8 +75,8 @@ def _disagreement(
 
 def _way(recipe: Recipe, row: SpeedRow) -> str:
     name = recipe.method.upper()
-    if row.own_flags:
-        return f"{name} served with {flag_words(row.own_flags)}"
+    if row.flags:
+        return f"{name} served with {flag_words(row.flags)}"
     return f"{name} with {row.kernel}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Flags = dict[str, str | None]
+KV_FLAG = "--kv-cache-dtype"
 """Command-line flags of `vllm serve`: name with its dashes -> value, or None for a switch."""
 
 

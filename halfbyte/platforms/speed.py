@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from halfbyte.platforms.base import Data, Evidence, Flags, version_tuple, within
+from halfbyte.platforms.base import KV_FLAG, Data, Evidence, Flags, version_tuple, within
 
 
 class MeasuredModel(Data):
@@ -30,7 +31,7 @@ class Prefill(Data):
 
 
 class SpeedRow(Data):
-    """One kernel's measured seconds. format "bf16" without flags is the baseline."""
+    """One kernel's measured seconds. format "bf16" without flags is a baseline."""
 
     kernel: str
     method: str = Field("", description="how the weights were made, where that is known: gptq, awq, nvfp4")
@@ -38,20 +39,25 @@ class SpeedRow(Data):
     variants: tuple[str, ...] = Field((), description="the declarations it was measured with or stands for; empty: any")
     group_size: int | None = None
     flags: Flags = Field(default_factory=dict, description="what makes vLLM take this kernel; empty: it does by itself")
+    kv_cache: str = Field("auto", description="the --kv-cache-dtype that it was measured with (or one of the flags)")
     weights_gib: float = Field(gt=0)
     seconds: dict[int, float] = Field(description="concurrency -> seconds for the whole batch")
     prefill: float | None = Field(None, gt=0, description="seconds for the table's prefill workload")
     note: str = ""
 
-    @property
-    def kv_cache(self) -> str:
-        """The --kv-cache-dtype that it was measured with."""
-        return self.flags.get("--kv-cache-dtype") or "auto"
+    @model_validator(mode="before")
+    @classmethod
+    def _cache_apart(cls, row: Any) -> Any:
+        """The KV cache is no way to a kernel: which one is served is a question of accuracy and room."""
+        if not isinstance(row, dict) or not isinstance(flags := row.get("flags"), dict) or KV_FLAG not in flags:
+            return row
+        kept = {flag: value for flag, value in flags.items() if flag != KV_FLAG}
+        return {**row, "flags": kept, "kv_cache": flags[KV_FLAG]}
 
     @property
-    def own_flags(self) -> Flags:
-        """What makes vLLM take this kernel, whatever the KV cache; empty: it does by itself."""
-        return {flag: value for flag, value in self.flags.items() if flag != "--kv-cache-dtype"}
+    def all_flags(self) -> Flags:
+        """What it was measured with, the KV cache too."""
+        return self.flags if self.kv_cache == "auto" else {**self.flags, KV_FLAG: self.kv_cache}
 
     @model_validator(mode="after")
     def _positive(self) -> SpeedRow:
@@ -79,6 +85,9 @@ class SpeedTable(Data):
     output_tokens: int = Field(gt=0)
     prefill: Prefill | None = None
     note: str = ""
+    apart: dict[int, float] = Field(
+        default_factory=dict, description="concurrency -> how far repeats of one kernel lay apart at most (0.1: 10 %)"
+    )
     rows: tuple[SpeedRow, ...]
 
     @model_validator(mode="after")
@@ -88,8 +97,11 @@ class SpeedTable(Data):
         object.__setattr__(self, "before", self.before or f"{major}.{minor + 1}")
         if not within(self.since, self.vllm, self.before):
             raise ValueError(f"vllm {self.vllm} lies outside since {self.since}, before {self.before}")
-        if sum(row.format == "bf16" and not row.flags for row in self.rows) != 1:
-            raise ValueError("rows wants the format bf16 exactly once without flags: the baseline")
+        caches = [row.kv_cache for row in self._baselines]
+        if not caches or len(caches) > len(set(caches)):
+            raise ValueError("rows wants the format bf16 without flags, once for a KV cache: the baseline")
+        if any(not 0 <= share < math.inf for share in self.apart.values()):
+            raise ValueError("apart wants concurrency -> a share, 0 and more")
         odd = [row.kernel for row in self.rows if set(row.seconds) != set(self.baseline.seconds)]
         if odd:
             raise ValueError(f"{odd[0]} was not measured at the concurrencies of the baseline")
@@ -107,8 +119,13 @@ class SpeedTable(Data):
         return Evidence(kind="measured", vllm=self.vllm, date=self.date, shape=shape, note=self.note)
 
     @property
+    def _baselines(self) -> list[SpeedRow]:
+        return [row for row in self.rows if row.format == "bf16" and not row.flags]
+
+    @property
     def baseline(self) -> SpeedRow:
-        return next(row for row in self.rows if row.format == "bf16" and not row.flags)
+        """BF16 with the KV cache that vLLM has by itself, where that was measured."""
+        return min(self._baselines, key=lambda row: row.kv_cache != "auto")
 
     def covers(self, vllm: str) -> bool:
         """Whether the kernel choices measured here hold for that version."""
@@ -116,7 +133,7 @@ class SpeedTable(Data):
 
     def nearest(self, concurrency: int) -> int:
         """The measured concurrency closest to the one asked for (as a ratio)."""
-        return min(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
+        return self.by_nearness(concurrency)[0]
 
     def rows_for(
         self, format_name: str, variant: str | None = None, kv_cache: str | None = None
@@ -135,8 +152,26 @@ class SpeedTable(Data):
             return rows
         kept: dict[Any, SpeedRow] = {}
         for row in sorted(rows, key=lambda row: (row.kv_cache != kv_cache, row.kv_cache != "auto")):
-            kept.setdefault((row.kernel.partition(",")[0], frozenset(row.own_flags.items())), row)
+            kept.setdefault((frozenset(row.flags.items()), row.method, row.group_size, row.variants), row)
         return tuple(row for row in rows if row in kept.values())
+
+    def differ(self, row: SpeedRow, other: SpeedRow, at: int) -> bool:
+        """Whether two kernels lie further apart at a measured concurrency than the repeats of one."""
+        slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
+        return slow > fast * (1 + self.apart.get(at, 0.0))
+
+    def by_nearness(self, concurrency: int) -> list[int]:
+        """The measured concurrencies, the closest one (as a ratio) first."""
+        return sorted(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
+
+    def fastest(self, rows: Sequence[SpeedRow], concurrency: int) -> SpeedRow:
+        """The kernel that measured fastest at the nearest concurrency. Of those that its repeats do not tell apart, the
+        fastest at the next concurrency that does."""
+        left = list(rows)
+        for at in self.by_nearness(concurrency):
+            first = min(left, key=lambda row: row.seconds[at])
+            left = [row for row in left if row is first or not self.differ(row, first, at)]
+        return min(left, key=lambda row: row.seconds[self.nearest(concurrency)])
 
     def speedup(self, row: SpeedRow, concurrency: int) -> float:
         """How many times faster than BF16 at the nearest measured concurrency (below 1: slower)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.plan.speed import Model, is_near
 from halfbyte.platforms import FormatSupport, Platform, SpeedRow, SpeedTable, VllmFacts, facts_for, load_platform
 from halfbyte.platforms.schema import Flags
 
@@ -66,6 +67,7 @@ def serve_command(
     host: str = "127.0.0.1",
     extra: Sequence[str] = (),
     without: Collection[str] = (),
+    size: Model | None = None,
 ) -> ServeCommand:
     """The command that serves `directory` (which may not exist yet) in a format ("gptq", …; None: BF16) on a platform.
 
@@ -74,6 +76,7 @@ def serve_command(
     context       --max-model-len; concurrency: --max-num-seqs, and what the kernel is chosen for.
     extra         the user's own words for vLLM; they replace ours.
     without       flags that are not taken from measured speeds.
+    size          the model's: figures of one that is not near it are not told; None: all are.
     Raises UsageError when the platform cannot load the format, or a value is one that vLLM refuses or garbles.
     """
     platform = load_platform(platform) if isinstance(platform, str) else platform
@@ -86,7 +89,7 @@ def serve_command(
 
     flags: Flags = {**platform.flags, **support.flags}
     kv_cache = {**flags, **dict(_pairs(extra))}.get("--kv-cache-dtype")
-    chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency, kv_cache)
+    chosen, note = _kernel(platform, format_name, variant, vllm_version, concurrency, kv_cache, size)
     taken = {flag: value for flag, value in chosen.items() if flag not in without or flags.get(flag) == value}
     flags.update(taken)
     notes += [note] if note and taken == chosen else []
@@ -149,6 +152,7 @@ def _kernel(
     version: str,
     concurrency: int | None,
     kv_cache: str | None,
+    size: Model | None,
 ) -> tuple[Flags, str]:
     """Flags for the kernel that measured fastest at the nearest concurrency, and a sentence that says by how much.
 
@@ -164,21 +168,42 @@ def _kernel(
     if table is None:
         return {}, f"no speed was measured for {format_name} on {platform.name}: bench before you rely on a gain"
     rows = table.rows_for(format_name, variant, kv_cache)
-    at = table.nearest(concurrency or ASSUMED_CONCURRENCY)
-    best = min(rows, key=lambda row: row.seconds[at])
-    return best.flags, _speed_note(table, rows, best, at)
+    wanted = concurrency or ASSUMED_CONCURRENCY
+    best = table.fastest(rows, wanted)
+    if size and not is_near(table, size):
+        others = " or ".join(row.kernel for row in rows if row is not best)
+        over = f", rather than {others}," if others else ""
+        text = f"kernel {best.kernel}{over} by a measurement of another size; what it gains on this one is not known"
+        return best.flags, f"{text}: bench before you rely on it; {table.evidence}, {table.evidence.shape}"
+    return best.flags, _speed_note(table, rows, best, table.nearest(wanted))
 
 
-def _speed_note(table: SpeedTable, rows: Iterable[SpeedRow], best: SpeedRow, at: int) -> str:
+def _speed_note(table: SpeedTable, rows: Sequence[SpeedRow], best: SpeedRow, at: int) -> str:
     gain = table.speedup(best, at)
-    text = f"kernel {best.kernel}: {gain:.2f}x the speed of BF16 at concurrency {at}"
+    unlike = len({row.kv_cache for row in rows}) > 1
+    text = f"kernel {_named(best, unlike)}: {gain:.2f}x the speed of BF16 at concurrency {at}"
     if gain < 1:
         text += " (slower: what is gained there is memory)"
     for other in rows:
         if other is not best:
-            text += f", {other.seconds[at] / best.seconds[at]:.2f}x that of {other.kernel}"
+            text += f", {_against(table, best, other, at, _named(other, unlike))}"
     text += f"; {table.evidence}, {table.evidence.shape}"
     return text + (f"; {best.note}" if best.note else "")
+
+
+def _named(row: SpeedRow, with_cache: bool) -> str:
+    """The kernel, with the KV cache of its figure where that is not the others'."""
+    said = "KV cache" in row.kernel or not with_cache
+    return row.kernel if said else f"{row.kernel} (KV cache {row.kv_cache})"
+
+
+def _against(table: SpeedTable, best: SpeedRow, other: SpeedRow, at: int, name: str) -> str:
+    """How the two kernels compare at a concurrency, and where that is told by another one."""
+    if table.differ(best, other, at):
+        return f"{other.seconds[at] / best.seconds[at]:.2f}x that of {name}"
+    telling = next((level for level in table.by_nearness(at) if table.differ(best, other, level)), None)
+    beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x at {telling}"
+    return f"not told from {name} by repeats {table.apart.get(at, 0):.0%} apart{beyond}"
 
 
 def _without_overridden(flags: Flags, extra: Sequence[str]) -> Flags:

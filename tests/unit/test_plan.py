@@ -76,6 +76,13 @@ def pack(plan, recipe):
         {"method": "nvfp4", "group_size": 64},
     ],
 )
+@pytest.mark.parametrize("concurrency", [1, 4, 9, 16, 32, 64])
+def test_what_repeats_do_not_tell_apart_decides_nothing(concurrency):
+    """At 4 and 16 Marlin and GPTQ are a few percent ahead of Humming, or behind it, and repeats 18 % apart."""
+    recipe = choose([4096], [load_platform("h100")], [concurrency]).recipe
+    assert (recipe.method, recipe.activations) == ("nvfp4", "fp4")
+
+
 def test_bytes_equal_what_the_format_writes(tiny, keys):
     checkpoint, recipe = tiny("mistral"), recipe_of(**keys)
     plans = assign(recipe, checkpoint)
@@ -250,7 +257,7 @@ def test_the_verdict_comes_first(tiny):
     as_written = render_plan(plan, budget=["ppl=+5%", "top1=90%"])
     assert "budget ppl=+5%, top1=90%:" in as_written.partition("\n\nWhy")[0]
     assert "overhead" in as_written and "overhead" not in render_plan(plan_of(tiny("llama"), platforms=[CPU]))
-    assert "rule; " not in render_plan(plan) and "[kernel-flag; " in render_plan(plan, explain=True)
+    assert "rule; " not in render_plan(plan) and "[kernel-flag;" in render_plan(plan, explain=True)
 
 
 def test_a_tight_budget_protects_the_boundary(tiny):

@@ -131,7 +131,7 @@ def test_no_peaks_no_figure(llama):
 def test_strategy_and_evidence_disagree_and_both_are_shown(llama):
     plan = make_plan(llama, None, [H100], 8192, LEVELS)
     rows = {row["concurrency"]: row for row in plan["strategy"]["disagreements"]}
-    assert set(rows) == {1, 16, 64, 256}
+    assert set(rows) == {1, 64, 256}, "at 16 repeats of one kernel lie further apart"
     assert rows[256]["strategy"]["kernel"] == "Marlin, FP8 KV cache" and rows[256]["strategy"]["gain"] == 0.63
     assert [entry["gain"] for entry in rows[256]["evidence"]] == [1.10, 1.00, 0.97]
     assert (

@@ -117,6 +117,46 @@ def test_a_knob_may_name_the_declaration():
     assert not int4.matters("compressed-tensors", "0.32.0", "nvfp4-pack-quantized"), "Machete takes no NVFP4"
 
 
+def kernels(apart, *rows):
+    """Evidence in which BF16 takes a second at 1, 16 and 64 and each kernel what its row says."""
+    measured = [
+        {
+            "kernel": name,
+            "format": "modelopt",
+            "weights_gib": 1,
+            "seconds": dict(zip((1, 16, 64), seconds)),
+            "flags": flags,
+        }
+        for name, seconds, flags in [("BF16", (1, 1, 1), {}), *rows]
+    ]
+    measured[0]["format"] = "bf16"
+    return SpeedTable.model_validate({**yaml.safe_load(OWN), "rows": measured, "apart": apart})
+
+
+def test_kernels_that_repeats_do_not_tell_apart_are_told_by_the_next_concurrency():
+    flag = {"--linear-backend": "humming"}
+    two = ("Humming", (0.5, 0.65, 0.6), flag), ("Marlin", (0.51, 0.6, 0.9), {})
+    for apart, at, fastest in (
+        ({}, 16, "Marlin"),
+        ({16: 0.05}, 16, "Marlin"),
+        ({16: 0.1}, 16, "Humming"),  # at 1 it is ahead, beyond doubt
+        ({1: 0.1, 16: 0.1}, 16, "Humming"),  # at 64 it is
+        ({1: 0.1, 16: 0.1}, 1, "Humming"),
+        ({1: 0.1, 16: 0.1, 64: 9.0}, 16, "Marlin"),  # nowhere: by the median
+    ):
+        table = kernels(apart, *two)
+        assert table.fastest(table.rows_for("modelopt"), at).kernel == fastest, (apart, at)
+
+
+def test_the_kv_cache_is_no_flag_of_a_kernel():
+    flags = {"--linear-backend": "humming", "--kv-cache-dtype": "fp8"}
+    table = kernels({}, ("Humming", (0.5, 0.6, 0.6), flags), ("BF16, FP8", (1, 1, 1), {"--kv-cache-dtype": "fp8"}))
+    (row,) = table.rows_for("modelopt", kv_cache="auto")[:1]
+    assert row.flags == {"--linear-backend": "humming"} and row.kv_cache == "fp8" and row.all_flags == flags
+    with pytest.raises(ValueError, match="once for a KV cache"):
+        SpeedTable.model_validate({**table.model_dump(by_alias=True), "rows": [table.rows[0], *table.rows]})
+
+
 @pytest.mark.parametrize(
     ("version", "torch"),
     [("0.20.0", "2.11"), ("0.26.0", "2.11"), ("0.27.0rc1", "2.13"), ("0.32.0+cpu", "2.13"), ("0.33.1", "2.14")],
@@ -203,8 +243,9 @@ def test_the_users_evidence_changes_the_choice(tmp_path):
     [
         (("measured: true", "measured: false"), "measured"),
         (("seconds: {1: 0.5, 64: 0.5}", "seconds: {1: 0.5}"), "not measured at the concurrencies of the baseline"),
-        (("format: bf16", "format: awq"), "bf16 exactly once"),
+        (("format: bf16", "format: awq"), "bf16 without flags, once"),
         (("0.5, 64", "-1, 64"), "all above 0"),
+        (("date:", "apart: {1: -0.1}\ndate:"), "a share, 0 and more"),
         (("device: h100", "device: h100\nspeed: fast"), "speed"),
         (("vllm: 0.26.1", 'vllm: 0.26.1\nsince: "0.30"'), "lies outside"),
         (("kind: speed", "kind: [speed"), "not valid YAML or JSON"),

@@ -33,14 +33,14 @@ def test_which_of_the_platforms_is_here(
 ) -> None:
     monkeypatch.setattr(speed_machine, "device_name", lambda: device)
     said: list[str] = []
-    subject: Any = SimpleNamespace(
-        platforms=[load_platform(n) for n in names], progress=SimpleNamespace(say=said.append)
-    )
+    platforms = [load_platform(name) for name in names]
+    progress: Any = SimpleNamespace(say=said.append)
     if expected is None:
         with pytest.raises(HalfbyteError, match=f"this machine .{device}. is not mi325x: measure there"):
-            served_measurements.platform_here(subject)
+            speed_machine.measured_here(platforms, progress)
     else:
-        assert served_measurements.platform_here(subject).name == expected and bool(said) == told
+        found = speed_machine.measured_here(platforms, progress)
+        assert found.name == expected and bool(said) == told
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from halfbyte.errors import UsageError
+from halfbyte.plan.speed import Model
 from halfbyte.serving import declared_variant, serve_command
 
 
@@ -88,7 +89,7 @@ def test_nvfp4_of_compressed_tensors_is_served_in_the_faster_kernel(tmp_path):
     packed = config_dir(tmp_path, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"})
     command = serve_command(packed, "compressed-tensors", "h100", concurrency=64)
     assert command.value("--linear-backend") == "humming"
-    assert any("kernel Humming: 1.29x" in note and "timed in ModelOpt's layout" in note for note in command.notes)
+    assert any("1.29x the speed of BF16" in note and "timed in ModelOpt's layout" in note for note in command.notes)
     int4 = config_dir(tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
     assert serve_command(int4, "compressed-tensors", "h100", concurrency=64).value("--linear-backend") is None
 
@@ -96,6 +97,29 @@ def test_nvfp4_of_compressed_tensors_is_served_in_the_faster_kernel(tmp_path):
 def test_a_slowdown_is_told():
     command = serve_command("out", "modelopt", "h100", variant="NVFP4", concurrency=256)
     assert any("0.97x" in note and "slower" in note and "1.53x that of Marlin" in note for note in command.notes)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 9, 16, 32, 64, 256])
+def test_a_difference_within_the_repeats_does_not_change_the_kernel(concurrency):
+    command = serve_command("out", "modelopt", "h100", variant="NVFP4", concurrency=concurrency)
+    assert command.value("--linear-backend") == "humming"
+    told = " ".join(command.notes)
+    beyond = {4: "1.04x at 1", 9: "1.35x at 64", 16: "1.35x at 64", 32: "1.35x at 64"}.get(concurrency)
+    level = f"not told from Marlin, FP8 KV cache by repeats 18% apart, {beyond}" if beyond else "x that of Marlin"
+    assert level in told, told
+    assert "Humming (KV cache auto)" in told, "which is not the one that is served"
+
+
+def test_figures_of_a_far_model_are_not_told():
+    size = 8_030_261_248
+    for near, far in (Model(size), Model(size // 60)), (Model(size, 1), Model(size, 4)):
+        known = serve_command("out", "modelopt", "h100", variant="NVFP4", size=near).notes[-1]
+        unknown = serve_command("out", "modelopt", "h100", variant="NVFP4", size=far).notes[-1]
+        assert "1.29x the speed of BF16" in known and "x the speed" not in unknown
+        assert unknown.startswith("kernel Humming, rather than Marlin, FP8 KV cache, by a measurement of another size")
+        assert (
+            serve_command("out", "modelopt", "h100", variant="NVFP4", size=far).value("--linear-backend") == "humming"
+        )
 
 
 def test_formats_that_cannot_load_say_why():

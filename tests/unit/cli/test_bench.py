@@ -111,6 +111,54 @@ def test_a_sweep_measures_its_cells(
     assert told["fp4"]["status"] == "failed" and "no CPU kernel for NVFP4" in told["fp4"]["reason"]
 
 
+def test_the_kv_cache_of_the_evidence_is_never_served_for_its_speed(
+    artifact: Path, model: Path, fake: Path, tmp_path: Path, as_json: Any
+) -> None:
+    file = tmp_path / "speed.json"
+    words = ("--baseline", model, "--on", "cpu", *FEW, "--prefill", 0, "--vllm", fake, "-o", tmp_path / "out")
+    config = ("--config", "fp8: --kv-cache-dtype fp8", "--config", "slow: --linear-backend slow --kv-cache-dtype fp8")
+    as_json("bench", artifact, *words, *config, "--evidence", file)
+    rows = {row["kernel"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {name: (row["kv_cache"], list(row["flags"])) for name, row in rows.items()} == {
+        "BF16": ("auto", []),
+        "FakeLinearKernel": ("auto", []),
+        "FakeLinearKernel (fp8)": ("fp8", []),
+        "FakeLinearKernel (slow)": ("fp8", ["--linear-backend"]),
+    }
+    assert list(json.loads(file.read_text())["apart"]) == ["2"]
+    fast = {"2": 1e-6}
+    edit_json(file, lambda tree: [row["seconds"].update(fast) for row in tree["rows"] if row["kv_cache"] == "fp8"])
+    served = as_json("serve", artifact, "--on", "cpu", "--print", "--evidence", file, "--concurrency", 2)
+    assert served["argv"][served["argv"].index("--kv-cache-dtype") + 1] == "auto"
+
+
+@pytest.mark.parametrize("command", ["bench", "tune", "sweep"])
+def test_what_is_measured_here_is_not_called_by_another_machines_name(
+    command: str, artifact: Path, model: Path, fake: Path, tmp_path: Path, monkeypatch: Any, refused: Any
+) -> None:
+    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda: "AMD Instinct MI325X")
+    out = tmp_path / "out"
+    words = {
+        "bench": (artifact, "--alone", *FEW),
+        "tune": (artifact, "--concurrency", 2),
+        "sweep": (model, "--matrix", "strategy", "--bench", 2),
+    }
+    told = refused(1, command, *words[command], "--on", "h100", "--vllm", fake, "-o", out)
+    assert "this machine (AMD Instinct MI325X) is not h100: measure there" in told
+    assert not list(out.rglob("*.log"))
+
+
+def test_evidence_that_cannot_be_is_refused_before_anything_is_measured(
+    artifact: Path, model: Path, fake: Path, tmp_path: Path, refused: Any
+) -> None:
+    words = (*FEW, "--on", "cpu", "--vllm", fake, "-o", tmp_path / "out", "--evidence")
+    assert "leave out --alone" in refused(2, "bench", artifact, "--alone", *words, tmp_path / "a.json")
+    assert "is no 4-bit artifact" in refused(2, "bench", model, "--baseline", model, *words, tmp_path / "a.json")
+    (tmp_path / "file").touch()
+    told = refused(1, "bench", artifact, "--baseline", model, *words, tmp_path / "file" / "a.json")
+    assert "cannot be written" in told and not (tmp_path / "out").exists() and not (tmp_path / "a.json").exists()
+
+
 def test_what_is_refused(artifact: Path, fake: Path, tmp_path: Path, refused: Any) -> None:
     words = ("bench", artifact, "--on", "cpu", "--vllm", fake, "-o", tmp_path / "out")
     for config in ("marlin", "model: --x y", "a b: --x y", "marlin: "):

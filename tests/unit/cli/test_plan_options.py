@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def test_nvfp4_of_compressed_tensors_is_told_once(tmp_path: Path, as_json: Any) 
     told = [(row["method"], row["kernel"]) for row in result["speed"][0]["rows"]]
     assert len(told) == len(set(told)) and ("nvfp4", "Humming") in told
     assert "--linear-backend humming" in result["commands"]["h100"]
+
+
+def test_figures_of_another_size_are_not_the_other_recipes_reasons(model: Path, tmp_path: Path, as_json: Any) -> None:
+    large = make_sparse(tmp_path / "m", LLAMA_8B)
+    far, near = (as_json("plan", path, "--on", "h100", "--concurrency", "64") for path in (model, large))
+    assert "1.18x at 64 (Machete, FP8 KV cache, measured on Llama-3.1-8B shape)" in near["alternatives"][0]["reason"]
+    assert not any("measured" in other["reason"] + other["source"] for other in far["alternatives"])
+    told = {warning["rule"]: warning["text"] for warning in far["warnings"]}
+    assert "another size" in told["kernel-flag"] and "1.29x" not in told["kernel-flag"] and "slower" not in told
+    mine = {**json.loads(load_evidence()[0].model_dump_json(by_alias=True)), "date": "2027-01-01"}
+    mine["rows"] = [row for row in mine["rows"] if row["format"] in ("bf16", "modelopt")]
+    mine["model"]["name"] = "mine"
+    (tmp_path / "own.json").write_text(json.dumps(mine))
+    words = ("--on", "h100", "--concurrency", "64", "--evidence", tmp_path / "own.json")
+    (gptq, *_) = as_json("plan", large, *words)["alternatives"]
+    assert "2026-11-25" in gptq["source"] and "2027" not in gptq["source"], "a figure's source is the file it stands in"
 
 
 def test_evidence_in_the_cache_is_found(model: Path, tmp_path: Path, monkeypatch: Any, as_json: Any) -> None:
