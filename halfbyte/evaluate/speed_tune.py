@@ -21,7 +21,7 @@ from halfbyte.evaluate.speed_result import portable_command, summary
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
 from halfbyte.platforms.schema import Knob
-from halfbyte.serving import ServeCommand, VllmInstall, serve_command
+from halfbyte.serving import ServeCommand, VllmInstall, declared_variant, serve_command
 from halfbyte.serving.bench import OK
 from halfbyte.types import Progress
 
@@ -53,12 +53,12 @@ def tune(
     Raises HalfbyteError where the artifact is not served even without them.
     """
     (level,) = request.concurrency
-    form = format_of(directory)
+    form, declared = format_of(directory), declared_variant(directory)
     kept: Words = ()
     rows, seconds, found = [], 0.0, None
     default = None
     said = ServeCommand(["vllm", "serve", "", *request.extra]).flags()
-    mattering = [k for k in request.platform.tune if k.matters(form, install.version) and k.flag not in said]
+    mattering = [k for k in request.platform.tune if k.matters(form, install.version, declared) and k.flag not in said]
     without = tuple(dict.fromkeys(knob.flag for knob in mattering))
     advised = _advised(request, directory, install, without)
     for knob in (_with_value(knob, advised.get(knob.flag)) for knob in mattering):
@@ -70,8 +70,9 @@ def tune(
         row, kept = _judged(knob, found, kept, advised.get(knob.flag))
         rows.append(row)
     if found is None:
+        named = f"{form}/{declared}" if declared else form
         raise HalfbyteError(
-            f"no flag is known to matter for {form} on {request.platform.name} (vLLM {install.version})"
+            f"no flag is known to matter for {named} on {request.platform.name} (vLLM {install.version})"
         )
     final = _rates(found, _name(kept))
     gain = ratio_interval(final, default) if final and default else None

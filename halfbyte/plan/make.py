@@ -167,9 +167,10 @@ def _against(recipe: Recipe, platforms: Sequence[Platform], experts: bool) -> li
 
 
 def _rivals(decision: Decision, platforms: Sequence[Platform], levels: Sequence[int]) -> list[Recipe]:
-    """What is shown and compared beside the chosen recipe: the alternatives, and NVFP4 in its faster declaration."""
+    """What is shown and compared beside the chosen recipe: the alternatives, and ModelOpt's NVFP4 in its faster
+    declaration."""
     shown = [decision.recipe, *(Recipe.model_validate(entry["recipe"]) for entry in decision.alternatives)]
-    if any(recipe.method == "nvfp4" for recipe in shown):
+    if any((recipe.method, recipe.format) == ("nvfp4", "modelopt") for recipe in shown):
         shown.append(nvfp4_for(platforms, levels))
     unique: dict[tuple[str | None, str | None], Recipe] = {}
     for recipe in shown:

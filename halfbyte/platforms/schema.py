@@ -148,16 +148,21 @@ class Knob(Data):
 
     flag: str
     values: tuple[str, ...] = Field(min_length=1, description="beside what vLLM does without the flag")
-    formats: tuple[str, ...] = Field((), description="formats that it matters for; empty: any")
+    formats: tuple[str, ...] = Field(
+        (), description='what it matters for, by "format" or "format/variant"; empty: any format'
+    )
     since: str = "0.0.0"
     before: str = EVER
     changes: str = Field("", description="what it changes beside speed; then the value is not kept by itself")
     note: str = ""
     evidence: Evidence
 
-    def matters(self, format_name: str | None, vllm: str) -> bool:
-        """Whether to try it for a format with that vLLM."""
-        return within(self.since, vllm, self.before) and (not self.formats or format_name in self.formats)
+    def matters(self, format_name: str | None, vllm: str, variant: str | None = None) -> bool:
+        """Whether to try it for a format with that vLLM. Without a variant: for any that the format may declare."""
+        if not within(self.since, vllm, self.before):
+            return False
+        pairs = [name.partition("/") for name in self.formats]
+        return not pairs or any(f == format_name and v in ("", variant or v) for f, _, v in pairs)
 
 
 class Platform(Data):

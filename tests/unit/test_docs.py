@@ -16,7 +16,7 @@ import yaml
 
 import halfbyte
 from halfbyte.experiments.gates import parse_gate
-from halfbyte.platforms import list_platforms
+from halfbyte.platforms import list_platforms, load_evidence
 from halfbyte.recipe import list_presets
 from halfbyte.recipe.loader import recipe_from_mapping
 
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = {"runs", "build", "dist", "node_modules", "__pycache__"}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+SPEEDS = re.compile(r"^\| (BF16|GPTQ|AWQ|NVFP4)([^|]*) \|(?: (16 bits|FP8) \|)? ([\d.]+) \| (.+) \|$", re.M)
+"""A row of a table of serving speed: method, kernel, KV cache, weights, and figures by concurrency and of prefill."""
 PLACE = re.compile(r"(?<![\w.$~}-])/(?:work|root|home|mnt|workspace)/\w")
 """An absolute path of somebody's machine."""
 
@@ -184,3 +186,24 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 def test_such_a_place_would_be_found() -> None:
     assert PLACE.search("cd " + "/".join(["", "home", "me", "x"]))
     assert not PLACE.search("a/home/page and $HOME/work/x and https://host/root")
+
+
+@pytest.mark.parametrize(
+    ("page", "form", "count"),
+    [("docs/results/h100-serving.md", "{0:.3f} ({1:.2f}×)", 9), ("docs/vllm-facts.md", "{1:.2f}×", 4)],
+)
+def test_pages_show_the_evidence_of_serving_speed(page: str, form: str, count: int) -> None:
+    (table,) = load_evidence()
+    timed = [row for row in table.rows if row.format != "compressed-tensors"]
+    shown = SPEEDS.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert len(shown) == count
+    for method, kernel, cache, weights, figures in shown:
+        named, kept = (method + kernel).casefold(), "fp8" if cache == "FP8" else "auto"
+        (row,) = (
+            r
+            for r in timed
+            if (r.method, r.kv_cache) == (method.lower(), kept) and r.kernel.partition(",")[0].casefold() in named
+        )
+        pairs = [(row.seconds[level], seconds) for level, seconds in table.baseline.seconds.items()]
+        pairs.append((row.prefill, table.baseline.prefill))
+        assert (weights, figures.split(" | ")) == (f"{row.weights_gib:.2f}", [form.format(s, b / s) for s, b in pairs])

@@ -20,6 +20,7 @@ RECIPES = {
     "gptq": Recipe.model_validate({"method": "gptq", "group_size": 128}),
     "awq": Recipe.model_validate({"method": "awq", "group_size": 128}),
     "modelopt": Recipe.model_validate({"method": "nvfp4", "group_size": 16}),
+    "compressed-tensors": Recipe.model_validate({"method": "nvfp4", "group_size": 16, "format": "compressed-tensors"}),
 }
 LEVELS = [1, 16, 64, 256]
 SPREAD = 0.135

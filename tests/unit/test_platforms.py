@@ -92,6 +92,31 @@ def test_a_kernel_not_measured_with_that_kv_cache_is_not_left_out():
     assert len(table.rows_for("modelopt", "NVFP4")) == 3
 
 
+def test_nvfp4_in_either_layout_has_the_same_kernels():
+    h100, declared = load_platform("h100"), ("compressed-tensors", "nvfp4-pack-quantized")
+    assert {h100.support("compressed-tensors", v).evidence.kind for v in ("pack-quantized", declared[1])} == {
+        "measured"
+    }
+    (table,) = h100.speed
+    for kv_cache in ("auto", "fp8"):
+        ours, theirs = table.rows_for(*declared, kv_cache), table.rows_for("modelopt", "NVFP4", kv_cache)
+        assert [(r.kernel, r.flags, r.seconds) for r in ours] == [(r.kernel, r.flags, r.seconds) for r in theirs]
+        assert all("timed in ModelOpt's layout" in row.note for row in ours)
+        assert all(h100.roofline.efficiency(r.format, r.kernel) != h100.roofline.four_bit for r in ours)
+    assert table.rows_for("compressed-tensors", "pack-quantized") == ()
+
+
+def test_a_knob_may_name_the_declaration():
+    (knob, later, int4, *_) = load_platform("h100").tune
+    for variant, tried in (("NVFP4", True), ("W4A16_NVFP4", False), (None, True)):
+        assert knob.matters("modelopt", "0.26.0", variant) == tried
+    assert knob.matters("compressed-tensors", "0.26.0", "nvfp4-pack-quantized")
+    assert not knob.matters("compressed-tensors", "0.26.0", "pack-quantized")
+    assert not knob.matters("modelopt", "0.32.0", "NVFP4") and not knob.matters("gptq", "0.26.0")
+    assert later.matters("modelopt", "0.32.0", "W4A16_NVFP4") and int4.matters("gptq", "0.32.0")
+    assert not int4.matters("compressed-tensors", "0.32.0", "nvfp4-pack-quantized"), "Machete takes no NVFP4"
+
+
 def kernels(apart, *rows):
     """Evidence in which BF16 takes a second at 1, 16 and 64 and each kernel what its row says."""
     measured = [

@@ -85,6 +85,15 @@ def test_the_declaration_is_read_from_the_directory(tmp_path):
     assert declared_variant(tmp_path / "absent") is None
 
 
+def test_nvfp4_of_compressed_tensors_is_served_in_the_faster_kernel(tmp_path):
+    packed = config_dir(tmp_path, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"})
+    command = serve_command(packed, "compressed-tensors", "h100", concurrency=64)
+    assert command.value("--linear-backend") == "humming"
+    assert any("1.29x the speed of BF16" in note and "timed in ModelOpt's layout" in note for note in command.notes)
+    int4 = config_dir(tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"})
+    assert serve_command(int4, "compressed-tensors", "h100", concurrency=64).value("--linear-backend") is None
+
+
 def test_a_slowdown_is_told():
     command = serve_command("out", "modelopt", "h100", variant="NVFP4", concurrency=256)
     assert any("0.97x" in note and "slower" in note and "1.53x that of Marlin" in note for note in command.notes)

@@ -334,6 +334,27 @@ def test_tune_tries_without_what_the_platform_measured(install: Any, models: tup
     assert result["words"] == [] and "--linear-backend" not in result["command"], "surely slower here"
 
 
+def test_tune_starts_no_server_for_a_flag_that_the_declaration_ignores(
+    install: Any, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    older, h100 = replace(install, version="0.26.0"), load_platform("h100")
+    backend = h100.model_copy(update={"tune": h100.tune[:1]})
+    request = replace(asked(models, 2), platform=backend, extra=())
+
+    def declaring(**declared: str) -> Path:
+        model = shutil.copytree(models[1], tmp_path / "model", dirs_exist_ok=True)
+        edit_json(model / "config.json", lambda tree: tree.update(quantization_config=declared))
+        return model
+
+    model = declaring(quant_method="modelopt", quant_algo="W4A16_NVFP4")
+    with pytest.raises(HalfbyteError, match="no flag is known to matter for modelopt/W4A16_NVFP4 on h100"):
+        tune(request, model, tmp_path / "out", older)
+    assert not (tmp_path / "out").exists()
+    model = declaring(quant_method="compressed-tensors", format="nvfp4-pack-quantized")
+    (knob,) = tune(request, model, tmp_path / "out", older)["knobs"]
+    assert [row["value"] for row in knob["tried"]] == [None, "humming"] and knob["kept"] == "humming"
+
+
 def test_the_interval_of_a_median_holds_for_few_repeats() -> None:
     """Simulated: lognormal figures whose true median is known. 95 in 100 intervals hold it, and not all of them."""
     rng = np.random.default_rng(0)
@@ -448,4 +469,5 @@ def test_knobs_of_the_platforms_are_for_formats_that_load() -> None:
         platform = load_platform(name)
         assert platform.tune
         for knob in platform.tune:
-            assert knob.flag.startswith("--") and set(knob.formats) <= {key.split("/")[0] for key in platform.formats}
+            known = {name for key in platform.formats for name in (key, key.split("/")[0])}
+            assert knob.flag.startswith("--") and set(knob.formats) <= known
