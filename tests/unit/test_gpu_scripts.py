@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from benchmarks.gpu import everything, matrix, served, serving
+from benchmarks.gpu import common, everything, matrix, served, serving, shapes
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
-from benchmarks.gpu.shapes import packed_model
+from benchmarks.gpu.common import Engine, Work, cards, on_card, read_lines, rounds, run_engines
+from benchmarks.gpu.shapes import packed_model, random_model
 from halfbyte.artifact import load_fake_quantized
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.formats import detect_format
 from halfbyte.plan import choose
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
-from halfbyte.serving import VllmInstall, serve_command
+from halfbyte.serving import VllmInstall, bench_memory, serve_command
 from halfbyte.types import Scheme
 
 
@@ -76,6 +80,80 @@ def test_a_packed_random_model_is_whole_and_as_large_as_a_trained_one(tmp_path: 
         assert not (weights[linear] == 0).all(dim=1).any()
 
 
+def test_a_random_model_is_kept_only_where_it_is_the_one_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(place: Path) -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in place.iterdir()}
+
+    base = written(random_model(tmp_path / "base", "random:tiny"))
+    assert written(random_model(tmp_path / "base", "random:tiny")) == base
+    (tmp_path / "base" / "model-00007.safetensors").touch()
+    cut = written(random_model(tmp_path / "base", "random:tiny", 1))
+    assert all(cut[name] != base[name] for name in cut) and "model-00007.safetensors" not in cut
+    packed = written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"]))
+    assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"])) == packed
+    assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["awq"])) != packed
+    monkeypatch.setitem(shapes.SHAPES, "random:tiny", (128, 512, 2, 4, 2, 512))
+    directory = packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["awq"])
+    assert json.loads((directory / "config.json").read_text())["intermediate_size"] == 512
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "asked", "found"),
+    [
+        (None, 2, None, ["0", "1"]),
+        (None, 0, None, [""]),
+        ("2,3", 2, None, ["2", "3"]),
+        ("2, 3", 2, "1", ["3"]),
+        ("GPU-b,GPU-a", 2, "0", ["5"]),
+        ("GPU-a", 1, None, ["4"]),
+    ],
+)
+def test_gpus_are_those_that_the_user_lets_be_seen(
+    named: str | None, count: int, asked: str | None, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their places among them; NVML knows GPU 4 as GPU-a and GPU 5 as GPU-b."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlDeviceGetCount=lambda: 6,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: {4: "GPU-a", 5: "GPU-b"}.get(handle, "GPU-other"),
+        nvmlDeviceGetIndex=lambda handle: handle,
+    )
+    monkeypatch.setattr(bench_memory, "_nvml", lambda: nvml)
+    assert cards(asked) == found
+    assert on_card(found[0]).get("CUDA_VISIBLE_DEVICES", "") == found[0]
+    assert ("CUDA_DEVICE_ORDER" in on_card(found[0])) == ("GPU" in (named or ""))
+    with pytest.raises(UsageError, match="there is no GPU '7'"):
+        cards("7")
+    monkeypatch.setattr(bench_memory, "_nvml", lambda: None)
+    assert cards() == ([word.strip() for word in named.split(",")] if named else found)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--levels", "a"), "whole numbers above zero"),
+        (("--levels", "4,0"), "whole numbers above zero"),
+        (("--tokens", "128"), "tokens of a prompt, then of an answer"),
+        (("--repeats", "0"), "whole numbers above zero"),
+        (("--repeats", "1,2"), "is not one whole number"),
+    ],
+)
+@pytest.mark.parametrize("script", [serving, matrix])
+def test_a_load_that_cannot_be_is_one_line(
+    script: Any, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.parse(["m", "-o", "out", *words])
+    assert ended.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
 def engine(name: str, gib: float) -> Engine:
     return Engine(name, Path(name), (), gib)
 
@@ -101,7 +179,7 @@ def timed(tmp_path: Path) -> Path:
     """An evidence file as serving.py writes it: NVFP4 is fastest in Humming with 16 bits, in Marlin with FP8."""
     args = serving.parse(["-o", str(tmp_path), "--levels", "1,64", "--configs", *SECONDS])
     platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
-    points, levels = serving.points_of(args)
+    points = serving.points_of(args)
     configs = serving.chosen(serving.configs_of(platform, "0.26.0"), args.configs)
     engines = [
         serving.engine_of(name, *choice, kv, tmp_path, config, points)
@@ -116,7 +194,7 @@ def timed(tmp_path: Path) -> Path:
         kernel = "HummingNvFp4LinearKernel" if "humming" in one.name else "MarlinNvFp4LinearKernel"
         kernel = "MacheteLinearKernel" if one.facts["model"] == "gptq" else kernel
         one.log.write_text(f"Using {kernel} for X GEMM\nModel loading took 5.5 GiB and 2.0 seconds\n")
-    result = serving.gathered(args, engines, platform, install, config, levels)
+    result = serving.gathered(args, engines, platform, install, config)
     assert [row["kernel"] for row in result["rows"][:4]] == ["BF16", "Machete", "Humming", "Marlin"]
     file = tmp_path / "evidence.json"
     file.write_text(json.dumps(result["evidence"]))
@@ -146,6 +224,9 @@ def test_a_row_that_was_cut_short_is_no_evidence() -> None:
         ("BF16", {"1": 1.0, "4": 2.0}),
         ("a", {"1": 0.5, "4": 1.0}),
     ]
+    assert table["model"]["name"].startswith("Llama-3.1-8B shape")
+    other = serving.evidence({**result, "model": "random:32b"}, serving.shape_config("random:32b", None))
+    assert other and other["model"]["name"].startswith("Qwen2.5-32B shape")
 
 
 def artifact(tmp_path: Path) -> Path:
@@ -275,8 +356,125 @@ def test_engines_load_together_and_one_that_does_not_is_a_row(tmp_path: Path, en
     assert written[0] == "ok,failed,not run"
 
 
-def test_the_matrix_ranks_by_what_was_timed(
+def test_what_was_timed_is_taken_under_the_same_conditions_alone(
     tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [{"name": f"c{n}", "prompts": n, "input": 4, "output": 3} for n in (1, 2)]
+    work, started = Work(points[:1], 2, 100), []
+    begin = common.start_round
+    monkeypatch.setattr(common, "start_round", lambda *words: started.append(words) or begin(*words))
+
+    def again(work: Work, install: VllmInstall = engine_program, **changes: Any) -> Engine:
+        one = replace(engine("one", 1), **{"weights": "w", **changes})
+        run_engines([one], work, install, tmp_path, [""], gib=10, abreast=1)
+        assert one.status == "ok" and list(one.seconds) == [p["name"] for p in work.points]
+        return one
+
+    timed = again(work)
+    kept = again(work)
+    assert len(started) == 1 and (kept.seconds, kept.load_seconds) == (timed.seconds, timed.load_seconds)
+    assert kept.result()["kernels"] == ["FakeLinearKernel"]
+    assert again(replace(work, points=points)).seconds["c1"] == timed.seconds["c1"], "c2 alone is new"
+    assert len(started) == 2
+    again(replace(work, repeats=3))
+    again(work, replace(engine_program, version="0.31.0"))
+    again(work, weights="other")
+    again(work, words=("--kv-cache-dtype", "fp8"))
+    again(replace(work, points=[{**points[0], "output": 5}]))
+    assert len(started) == 7
+    monkeypatch.setattr(common, "card_name", lambda: "another GPU")
+    again(work)
+    assert len(started) == 8
+
+
+def test_a_point_that_was_timed_stays_where_the_rest_is_cut_short(tmp_path: Path, engine_program: VllmInstall) -> None:
+    points = [{"name": f"c{n}", "prompts": n, "input": 4, "output": 3} for n in (1, 2)]
+    one, work = engine("one", 1), Work(points[:1], 2, 100)
+    run_engines([one], work, engine_program, tmp_path, [""], gib=10, abreast=1)
+    late = engine("one", 1)
+    with (common.run_place(one, work, engine_program, tmp_path) / "result.jsonl").open("a") as file:
+        file.write('{"point": {"name": "c2"')
+    run_engines([late], replace(work, points=points), engine_program, tmp_path, [""], gib=10, abreast=1, deadline=0.0)
+    assert (late.status, late.seconds) == ("not run", one.seconds) and "time was over" in late.reason
+    run_engines([late], replace(work, points=points), engine_program, tmp_path, [""], gib=10, abreast=1)
+    assert late.status == "ok" and late.seconds["c1"] == one.seconds["c1"] and len(late.seconds["c2"]) == 2
+
+
+@pytest.fixture
+def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once it is called, an engine or a server that is started fails the test."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing is to be started")
+
+    return lambda: [monkeypatch.setattr(*one, never) for one in ((common, "start_round"), (served, "serve"))] and None
+
+
+def test_serving_says_why_there_is_no_evidence(
+    tmp_path: Path,
+    engine_program: VllmInstall,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    time_out: Callable[[], None],
+) -> None:
+    """A run of the tiny shape; what it found stays as it is where it is asked again, with no time left."""
+    monkeypatch.setattr(serving, "find_vllm", lambda named: engine_program)
+    words = ["--dry", "-o", str(tmp_path / "out"), "--configs", "gptq", "bf16"]
+
+    def ended(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["serving.py", *words, *more])
+        with pytest.raises(SystemExit) as end:
+            serving.main()
+        return int(end.value.code or 0)
+
+    assert ended() == 0 and "no evidence" not in capsys.readouterr().err
+    evidence = (tmp_path / "out" / "evidence.json").read_text()
+    time_out()
+    assert ended("--seconds", "0") == 0 and (tmp_path / "out" / "evidence.json").read_text() == evidence
+    capsys.readouterr()
+    words[-2:] = ["bf16"]
+    assert ended() == 0 and "no evidence.json" in capsys.readouterr().err.splitlines()[-1]
+    words[-1:] = ["gpu"]
+    assert ended() == 2 and "serving.py: no configuration gpu" in capsys.readouterr().err
+
+
+def test_served_goes_on_where_it_was(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case that failed is served again, one that was served is not, unless vLLM is another."""
+    install, asked = engine_program, []
+    broken = {"gptq-g32"}
+
+    def serve(scene: Any, case: Any, seats: Any) -> dict[str, Any]:
+        asked.append(case.name)
+        if case.name in broken:
+            raise HalfbyteError("no such kernel")
+        return {"ppl_served": 1.0, "tokens": 9, "completion": "", "weight_gib_reported": 1.0, "kernels": []}
+
+    monkeypatch.setattr(served, "serve", serve)
+    monkeypatch.setattr(served, "find_vllm", lambda named: install)
+    words = ["--dry", "--text", "t.txt", "-o", str(tmp_path / "out"), "--cases", "bf16", "gptq-g32"]
+
+    def again() -> dict[str, str]:
+        asked.clear()
+        result = served.run(served.parse(words))
+        assert json.loads((tmp_path / "out" / "served.json").read_text())["rows"] == result["rows"]
+        return {row["name"]: row["status"] for row in result["rows"]}
+
+    assert again() == {"bf16": "served", "gptq-g32": "not served"} and sorted(asked) == ["bf16", "gptq-g32"]
+    assert again() == {"bf16": "served", "gptq-g32": "not served"} and asked == ["gptq-g32"]
+    broken.clear()
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == ["gptq-g32"]
+    broken.update(("bf16", "gptq-g32"))
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == []
+    install = replace(install, version="0.31.0")
+    assert again() == {"bf16": "not served", "gptq-g32": "not served"}
+    install = engine_program
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == []
+
+
+def test_the_matrix_ranks_by_what_was_timed(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch, time_out: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(matrix, "find_vllm", lambda named: engine_program)
     report = tmp_path / "report.md"
@@ -287,6 +485,13 @@ def test_the_matrix_ranks_by_what_was_timed(
         assert cell["tokens_per_second"] == speeds[cell["name"]]["tokens_per_second"] > 0
         assert speeds[cell["name"]]["speedup"]["low"] <= speeds[cell["name"]]["speedup"]["value"]
     assert "| BF16 |" in report.read_text() and "tokens/s at 2" in report.read_text()
+    time_out()
+    assert matrix.run(args)[1] == speeds
+    args.seconds, results = 0.0, tmp_path / "out" / "sweep" / "results"
+    monkeypatch.setattr(matrix, "find_vllm", lambda named: replace(engine_program, version="0.31.0"))
+    result, later = matrix.run(args)
+    assert later == speeds, "what is not measured does not take the place of what was"
+    assert {json.loads(file.read_text())["vllm"] for file in results.glob("*.bench.json")} == {"0.32.0"}
 
 
 def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:
