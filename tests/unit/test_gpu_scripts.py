@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.gpu import common, everything, matrix, served, serving, shapes
+from benchmarks.gpu import common, everything, matrix, quantize, served, serving, shapes
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
 from benchmarks.gpu.common import Engine, Work, cards, on_card, read_lines, rounds, run_engines
 from benchmarks.gpu.shapes import packed_model, random_model
@@ -274,6 +274,69 @@ def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None
     one, other = (packed_model(tmp_path / n, "random:tiny", packing) for n in ("one", "other"))
     third = packed_model(tmp_path / "third", "random:tiny", serving.PACKINGS["awq"])
     assert matrix.served_as(one) == matrix.served_as(other) != matrix.served_as(third)
+
+
+FIGURES = {"gptq": (1.8, 18.0), "awq": (0.7, 12.1), "nine": (3.7, 20.0), "nvfp4": (0.2, 5.0), "command": (0.5, 4.0)}
+
+
+def quantized(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **figures: Any) -> tuple[int, list[list[str]]]:
+    """quantize.py's exit status and table, where a GPU takes (seconds a block, GiB) or fails (None)."""
+    script = quantize
+    taken = {**FIGURES, **figures}
+
+    def found(run: str) -> Any:
+        facts = dict(zip(("block", "peak_gib"), taken[run] or ()))
+        return {**facts, "hidden_gib": 1.0, "seconds": 19.0} if facts else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {
+        "card_name": lambda: "a GPU",
+        "rate": lambda shape: 1e15,
+        "random_model": lambda place, *_: place,
+        "apart": lambda run: run,
+        "told": found,
+        "command": lambda args: found("command") or {"reason": "it failed"},
+    }.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "-o", str(out), *words])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    rows = json.loads((out / "quantize.json").read_text())
+    table = script.table(rows)
+    return int(ended.value.code or 0), [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[3:8]]
+
+
+def test_quantizing_is_held_against_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, rows = quantized(tmp_path, monkeypatch, awq=(0.7, 11.5), nine=(3.6, 20.0))
+    assert status == 0 and [row[0] for row in rows] == ["gptq", "awq", "nine", "nvfp4", "command"]
+    limits = ["3.5 s a block", "4 s a block, 12 GiB", "2 times gptq", "", "20 s in all"]
+    assert [row[-2] for row in rows] == limits and [row[-1] for row in rows] == ["yes", "yes", "yes", "", "yes"]
+    assert [row[3] == "–" for row in rows] == [False, False, False, True, True], "no data, no floor"
+    assert rows[0][6:9] == ["18.00", "1.00", "17.00"]
+    status, rows = quantized(tmp_path, monkeypatch)
+    assert status == 1 and [row[-1] for row in rows] == ["yes", "NO", "NO", "", "yes"]
+    status, rows = quantized(tmp_path, monkeypatch, "--runs", "nine,nvfp4", nvfp4=None)
+    assert status == 1 and rows[0][-2:] == ["2 times gptq", "–"] and rows[2] == [], rows
+    status, rows = quantized(tmp_path, monkeypatch, "--runs", "nine,gptq", nine=(3.6, 20.0))
+    assert status == 0 and rows[0][-1] == "yes"
+    status, rows = quantized(tmp_path, monkeypatch, "--shape", "random:32b")
+    assert status == 0 and [row[-2:] for row in rows] == [["", ""]] * 5
+
+
+def test_quantizing_takes_a_tiny_shape_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [quantize.__file__, "--dry", "-o", str(tmp_path), "--runs", "gptq,nvfp4"])
+    args = quantize.parse()
+    monkeypatch.setattr(quantize, "apart", lambda run: quantize.one(args, run))
+    monkeypatch.setattr(quantize, "told", lambda found: found)
+    with pytest.raises(SystemExit) as ended:
+        quantize.main()
+    assert ended.value.code == 0
+    rows = json.loads((tmp_path / "quantize.json").read_text())["rows"]
+    assert [(row["run"], len(row["blocks"]), row["met"]) for row in rows] == [("gptq", 1, None), ("nvfp4", 1, None)]
+    assert (tmp_path / "random-tiny" / "bf16-2").is_dir()
+    assert quantize.parse(["-o", "o", "--peers"]).peers == ["gptq", "awq"]
+    with pytest.raises(SystemExit):
+        quantize.parse(["-o", "o", "--runs", "gptq,rtn"])
 
 
 def test_steps_share_what_time_is_left() -> None:
