@@ -443,6 +443,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)}
 
 
+def halfbyte_words(*words: str) -> list[str]:
+    """This checkout's `halfbyte WORDS`, whatever lies where it is called (with `environment`)."""
+    return [sys.executable, "-P", "-m", "halfbyte.cli.app", *words]
+
+
+def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
+    """tokens/s of a side of a point, and times BF16; why there is none where it failed."""
+    rate = entry["output_tokens_per_second"]
+    if rate is None:
+        return f"{entry['status']}: {entry['reason'][:60]}"
+    return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

@@ -43,6 +43,7 @@ from benchmarks.gpu.common import (
     pair,
     parser_of,
     random_set,
+    rate_words,
     run_engines,
     say,
 )
@@ -260,13 +261,6 @@ def table_speeds(speeds: Mapping[str, Any]) -> list[str]:
         cells = [rate_words(point["model"], point["speedup"]) for point in bench["points"]]
         rows.append([name, ", ".join(bench.get("kernels") or ()) or "not named", *cells])
     return markdown(["cell", "kernel", *(f"tokens/s at {level}" for level in levels)], rows)
-
-
-def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
-    rate = entry["output_tokens_per_second"]
-    if rate is None:
-        return f"{entry['status']}: {entry['reason'][:60]}"
-    return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
 
 
 def table(result: Mapping[str, Any], speeds: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,7 @@ from benchmarks.gpu.common import (
     count,
     ended_by,
     environment,
+    halfbyte_words,
     markdown,
     on_card,
     random_set,
@@ -218,7 +219,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     words = ["quantize", str(model), "-r", str(recipe), "-o", str(place / "artifact")]
     shutil.rmtree(place / "artifact", ignore_errors=True)
     started = time.perf_counter()
-    run = [sys.executable, "-m", "halfbyte.cli.app", *words]
+    run = halfbyte_words(*words)
     child = subprocess.Popen(run, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in child.stdout or ():
         print(f"{time.perf_counter() - started:6.1f} s  {line.rstrip()}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Does real vLLM compute what each artifact says? Every format, kernel, exemption and KV cache, on this GPU.
 
     python benchmarks/gpu/served.py MODEL --calibration DIR --text FILE -o DIR [--gpus 0,1] [--jobs N] [--json FILE]
-    python benchmarks/gpu/served.py --dry --text FILE -o DIR      on this CPU with a tiny model: does it work?
+    python benchmarks/gpu/served.py --dry -o DIR      on this CPU with a tiny model: does it work?
 
 MODEL is quantized in all artifacts of served.yaml in one pass; then every case of it is served by vLLM, several at once
 on a card. Perplexity over HTTP is held against the fake-quantized transformers model: within 0.5 % passes. For NVFP4
@@ -94,7 +94,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default=None)
     parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="what is scored")
     parser.add_argument("--windows", type=count, default=24, help="of 512 tokens that are scored")
     parser.add_argument("--cases", nargs="+", default=None)
     parser.add_argument("--jobs", type=count, default=6, help="servers at once on a card")
@@ -104,8 +104,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.dry:
         args.on, args.jobs, args.windows = "cpu", 1, 2
         args.cases = args.cases or ["bf16", "gptq-g32", "gptq-head"]
-    elif not args.model or not args.calibration:
-        parser.error("name MODEL and --calibration DIR, or --dry")
+    elif not (args.model and args.calibration and args.text):
+        parser.error("name MODEL, --calibration DIR and --text FILE, or --dry")
     return args
 
 

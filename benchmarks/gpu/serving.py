@@ -8,8 +8,8 @@ machines without network (speed does not depend on what weights say). Several en
 its memory holds; when all are ready, each is timed alone: N sequences of 128 tokens in and 128 out that start together,
 at each N, and long prompts. In order of importance, so that a run that is cut short is still of use: BF16, GPTQ, NVFP4
 in Humming, AWQ, NVFP4 in Marlin, with the KV cache of 16 bits, then with FP8. What was timed is not timed again as long
-as weights, words for vLLM, load, repeats, vLLM and GPU are the same. In DIR: serving.json, and evidence.json (halfbyte
-plan, serve: --evidence). 8B takes 35 GiB of disk (or of /dev/shm).
+as weights, words for vLLM, load, repeats, vLLM and GPU are the same. In DIR: serving.json, and beside it evidence.json
+(halfbyte plan, serve: --evidence). 8B takes 35 GiB of disk (or of /dev/shm).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
         result = run(args)
         print("\n".join(table(result)), flush=True)
         if result["evidence"]:
-            read_table(args.output / "evidence.json")
+            read_table(result_file(args).with_name("evidence.json"))
         else:
             say("no evidence.json: it takes BF16 with a KV cache of 16 bits (--kv auto) and another row to compare")
     except HalfbyteError as error:
@@ -131,9 +131,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def write() -> None:
         with lock:
             result = gathered(args, engines, platform, install, config)
-            write_json(args.json or output / "serving.json", result)
+            write_json(result_file(args), result)
             if result["evidence"]:
-                write_json(output / "evidence.json", result["evidence"])
+                write_json(result_file(args).with_name("evidence.json"), result["evidence"])
 
     work = Work(points, args.repeats, min(config["vocab_size"], 100_000))
     run_engines(
@@ -151,6 +151,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     write()
     return gathered(args, engines, platform, install, config)
+
+
+def result_file(args: argparse.Namespace) -> Path:
+    """Where the results go; evidence.json lies beside it."""
+    return args.json or args.output / "serving.json"
 
 
 def points_of(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -222,21 +227,24 @@ def shape_config(name: str, base: Path | None) -> dict[str, Any]:
 
 def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
     """Make the model that an engine serves, where it is not there yet."""
-    model, began = engine.facts["model"], time.monotonic()
+    engine.model = made(engine.facts["model"], name, base, place)
+
+
+def made(model: str, name: str, base: Path | None, place: Path) -> Path:
+    """BF16, or one of PACKINGS, of a shape or of the model in `base`: made in `place` where it is not there yet."""
+    directory, began = place / "models" / model, time.monotonic()
     if base is None:
-        if model == "bf16":
-            random_model(engine.model, name)
-        else:
-            packed_model(engine.model, name, PACKINGS[model])
+        random_model(directory, name) if model == "bf16" else packed_model(directory, name, PACKINGS[model])
     elif model == "bf16":
-        engine.model = base
-    elif not (engine.model / "halfbyte.json").is_file():
-        quantize(str(base), nearest(PACKINGS[model]), engine.model, random_set(base, *TOKENS))
+        return base
+    elif not (directory / "halfbyte.json").is_file():
+        quantize(str(base), nearest(PACKINGS[model]), directory, random_set(base, *TOKENS))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     took = time.monotonic() - began
     if took > 1:
         say(f"{model}: made in {took:.0f} s")
+    return directory
 
 
 def nearest(packing: Packing) -> Any:

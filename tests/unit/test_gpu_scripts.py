@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.gpu import common, everything, matrix, quantize, served, serving, shapes
+from benchmarks.gpu import bench, common, everything, matrix, quantize, served, serving, shapes
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
 from benchmarks.gpu.common import Engine, Work, cards, on_card, read_lines, rounds, run_engines
 from benchmarks.gpu.shapes import packed_model, random_model
@@ -27,6 +28,7 @@ from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
 from halfbyte.serving import VllmInstall, bench_memory, serve_command
 from halfbyte.types import Scheme
+from tests.unit.fake_vllm import make_fake
 
 
 def fp4_slowly(x: list[float], input_scale: float) -> list[float]:
@@ -340,16 +342,64 @@ def test_quantizing_takes_a_tiny_shape_on_a_cpu(tmp_path: Path, monkeypatch: pyt
 
 
 def test_steps_share_what_time_is_left() -> None:
-    assert everything.share(450, ["served", "matrix", "serving"]) == 150
+    assert everything.share(450, ["served", "matrix", "serving"]) == 135
     assert everything.share(300, ["serving"]) == 300
 
 
-def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path) -> None:
+def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {"served": served, "matrix": matrix, "serving": serving, "bench": bench}
     words = ["smollm2-135m", "--calibration", "cal", "--text", "t.txt", "-o", str(tmp_path), "--gpus", "0,1"]
-    args = everything.parse([*words, "--work", str(tmp_path / "work")])
-    for step, script in (("served", served), ("matrix", matrix), ("serving", serving)):
+    args = everything.parse([*words, "--work", str(tmp_path / "work"), "--vllm", "env"])
+    assert args.steps == ["quantize", "kernels", *scripts]
+    for step, script in scripts.items():
         parsed = script.parse(everything.words_of(step, args, 99.5)[1:])
-        assert (parsed.gpus, parsed.seconds, parsed.output) == ("0,1", 100.0, tmp_path / "work" / step)
+        place = tmp_path / "work" / ("serving" if step == "bench" else step)
+        assert (parsed.gpus, parsed.seconds, parsed.output, parsed.vllm) == ("0,1", 100.0, place, "env")
+    parsed = quantize.parse(everything.words_of("quantize", args, 99.5)[1:])
+    assert (parsed.json, parsed.shape) == (tmp_path / "quantize.json", "random:8b")
+    assert everything.words_of("kernels", args, 99.5)[1:] == ["--json", str(tmp_path / "kernels.json")]
+    dry = everything.parse(["--dry", "-o", str(tmp_path), "--skip", "matrix"])
+    assert dry.steps == ["quantize", "served", "serving", "bench"]
+    assert all(scripts[step].parse(everything.words_of(step, dry, 9)[1:]).dry for step in dry.steps[1:])
+    with pytest.raises(SystemExit):
+        everything.parse(["-o", str(tmp_path)])
+    assert everything.parse(["-o", str(tmp_path), "--steps", "quantize", "kernels"]).model is None
+
+
+def test_a_step_that_fails_or_is_not_begun_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are programs that find what is named from here, and that end with all they started."""
+    script = """import pathlib, subprocess, sys, time
+print(pathlib.Path("text").read_text(), sys.argv[1])
+if sys.argv[1] == "slow":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open('late', 'w')"])
+    time.sleep(60)
+sys.exit(int(sys.argv[1]))"""
+    (tmp_path / "text").write_text("found")
+    (tmp_path / "step.py").write_text(script)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tables.txt").write_text("of another run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(everything, "END_S", 1.0)
+    does = {"served": "0", "matrix": "slow", "serving": "3"}
+    monkeypatch.setattr(everything, "words_of", lambda step, args, seconds: ["step.py", does[step]])
+    monkeypatch.setattr(everything, "UNTIMED", ("matrix",))
+    monkeypatch.setattr(everything, "share", lambda left, steps: 1.5)
+
+    def ended(*steps: str, seconds: str = "300") -> int:
+        words = ["m", "--calibration", "c", "--text", "text", "-o", "out", "--work", "work", "--seconds", seconds]
+        monkeypatch.setattr(sys, "argv", ["everything.py", *words, "--steps", *steps])
+        with pytest.raises(SystemExit) as end:
+            everything.main()
+        return int(end.value.code or 0)
+
+    assert ended("served") == 0 and (tmp_path / "out" / "tables.txt").read_text() == "found 0\n"
+    assert ended("serving", "served") == 3
+    assert (tmp_path / "out" / "tables.txt").read_text() == "found 3\n\nfound 0\n"
+    assert ended("served", seconds="0") == 1
+    assert ended("matrix") > 0
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists()
+    assert everything.worst([0, -9, 3]) == 137
 
 
 STAND_IN = """
@@ -555,6 +605,32 @@ def test_the_matrix_ranks_by_what_was_timed(
     result, later = matrix.run(args)
     assert later == speeds, "what is not measured does not take the place of what was"
     assert {json.loads(file.read_text())["vllm"] for file in results.glob("*.bench.json")} == {"0.32.0"}
+
+
+def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for vLLM; what was measured stays where there is no time, and is not taken for another load."""
+    vllm = make_fake(tmp_path / "env")
+    monkeypatch.setattr(bench, "configs_of", lambda *_: {"gptq-slow": ("gptq", ("--linear-backend", "slow"))})
+
+    def again(*more: str, **changes: Any) -> dict[str, Any]:
+        words = ["--dry", "-o", str(tmp_path / "out"), "--vllm", str(vllm), "--models", "gptq", *more]
+        args = bench.parse(words)
+        vars(args).update(changes)
+        result = bench.run(args)
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == result["rows"]
+        return result
+
+    result = again()
+    steps = result["rows"][0]["steps"]
+    assert [(step, entry["status"]) for step, entry in steps.items()] == [("bench", "ok"), ("tune", "ok")]
+    lines = bench.table(result)
+    assert lines[3] == "| gptq: BF16 | 100 | 200 |" and lines[4].startswith("| gptq | 170 (1.70x)")
+    assert lines[5].startswith("| gptq: gptq-slow-auto | 85 (0.85x)") and lines[6].startswith("gptq, tune: ")
+    assert again("--seconds", "0")["rows"] == result["rows"]
+    other = again("--seconds", "0", levels=[1, 4])["rows"][0]["steps"]
+    assert other["bench"]["status"] == "not run" and other["tune"]["status"] == "ok"
 
 
 def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:
