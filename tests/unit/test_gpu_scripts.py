@@ -89,10 +89,13 @@ def test_a_random_model_is_kept_only_where_it_is_the_one_that_is_asked_for(
         return {file.name: file.stat().st_mtime_ns for file in place.iterdir()}
 
     base = written(random_model(tmp_path / "base", "random:tiny"))
+    place = shapes.place_of(tmp_path, "m", tmp_path / "base")
     assert written(random_model(tmp_path / "base", "random:tiny")) == base
     (tmp_path / "base" / "model-00007.safetensors").touch()
     cut = written(random_model(tmp_path / "base", "random:tiny", 1))
     assert all(cut[name] != base[name] for name in cut) and "model-00007.safetensors" not in cut
+    assert shapes.place_of(tmp_path, "m", tmp_path / "base") != place, "other weights under the same name"
+    assert shapes.place_of(tmp_path, "random:8b") != shapes.place_of(tmp_path, "random:32b")
     packed = written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"]))
     assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"])) == packed
     assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["awq"])) != packed
