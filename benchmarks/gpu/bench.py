@@ -33,11 +33,11 @@ from benchmarks.gpu.common import (
     count,
     counts,
     digest,
-    ended_by,
     environment,
     halfbyte_words,
     markdown,
     on_card,
+    one_line,
     pair,
     parser_of,
     rate_words,
@@ -45,7 +45,6 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.gpu.serving import PACKINGS, chosen, configs_of, loads, made
 from benchmarks.gpu.shapes import is_random, place_of
-from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.speed import MODEL, BenchRequest, Variant, command_for
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import resolve_model
@@ -76,10 +75,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("bench.py"):
         result = run(args)
-    except HalfbyteError as error:
-        ended_by("bench.py", error)
     print("\n".join(table(result)), flush=True)
     sys.exit(0 if all(step["status"] == "ok" for row in result["rows"] for step in row["steps"].values()) else 1)
 

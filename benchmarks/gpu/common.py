@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -84,10 +85,17 @@ def loads_of(levels: Sequence[int], tokens: Sequence[int]) -> list[dict[str, Any
     return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in levels]
 
 
-def ended_by(script: str, error: HalfbyteError) -> NoReturn:
-    """One line, and the exit status of that error."""
-    print(f"{script}: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
+@contextmanager
+def one_line(script: str) -> Iterator[None]:
+    """A user's mistake, and a stop, is one line and its exit status."""
+    try:
+        yield
+    except HalfbyteError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

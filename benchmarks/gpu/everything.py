@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.common import environment, say
+from benchmarks.gpu.common import environment, one_line, say
 from benchmarks.gpu.shapes import SHAPES
 from halfbyte.files import make_directory, write_text
 
@@ -163,4 +163,5 @@ def collect(args: argparse.Namespace, output: Path, step: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("everything.py"):
+        main()

@@ -36,10 +36,10 @@ from benchmarks.gpu.common import (
     count,
     counts,
     digest,
-    ended_by,
     engine_words,
     loads_of,
     markdown,
+    one_line,
     pair,
     parser_of,
     random_set,
@@ -50,7 +50,6 @@ from benchmarks.gpu.common import (
 from benchmarks.gpu.served import DRY_TOKENS, dry_windows
 from benchmarks.gpu.shapes import random_model
 from halfbyte import sweep
-from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import text_windows
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.files import make_directory, write_json, write_text
@@ -89,10 +88,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("matrix.py"):
         result, speeds = run(args)
-    except HalfbyteError as error:
-        ended_by("matrix.py", error)
     print("\n".join(table(result, speeds)))
     sys.exit(0 if all(cell["status"] == "judged" for cell in result["cells"]) else 1)
 

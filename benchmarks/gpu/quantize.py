@@ -47,11 +47,11 @@ from benchmarks.gpu.common import (
     card_name,
     cards,
     count,
-    ended_by,
     environment,
     halfbyte_words,
     markdown,
     on_card,
+    one_line,
     random_set,
     say,
 )
@@ -62,7 +62,6 @@ from halfbyte.calibration.store import MANIFEST
 from halfbyte.engine import Job, quantize_blocks
 from halfbyte.engine.loop import BATCH_TOKENS
 from halfbyte.engine.memory import fit
-from halfbyte.errors import HalfbyteError
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint
 from halfbyte.plan.layers import assign, quantized
@@ -284,13 +283,11 @@ def main() -> None:
     make_directory(args.place)
     if not torch.cuda.is_available() and not args.dry:
         sys.exit("quantize.py: no GPU here; --dry shows on a CPU whether it works")
-    try:
+    with one_line("quantize.py"):
         if args.one:
             print(json.dumps(peer_rows(args) if args.one == "peers" else one(args, args.one)))
             return
         result = run_all(args)
-    except HalfbyteError as error:
-        ended_by("quantize.py", error)
     print("\n".join(table(result)), flush=True)
     sys.exit(1 if any("reason" in row or row["met"] is False for row in result["rows"]) else 0)
 

@@ -37,10 +37,10 @@ from benchmarks.gpu.common import (
     cards,
     count,
     digest,
-    ended_by,
     log_tail,
     markdown,
     on_card,
+    one_line,
     parser_of,
     random_set,
     say,
@@ -111,10 +111,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("served.py"):
         result = run(args)
-    except HalfbyteError as error:
-        ended_by("served.py", error)
     print("\n".join(table(result)))
     sys.exit(0 if all(row["passed"] for row in result["rows"]) else 1)
 

@@ -36,11 +36,11 @@ from benchmarks.gpu.common import (
     cards,
     count,
     counts,
-    ended_by,
     engine_words,
     loads_of,
     markdown,
     middle,
+    one_line,
     pair,
     parser_of,
     random_set,
@@ -49,7 +49,7 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.gpu.shapes import NAMES, Packing, config_of, is_random, packed_model, place_of, random_model
 from halfbyte import quantize
-from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.errors import UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
@@ -103,15 +103,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("serving.py"):
         result = run(args)
         print("\n".join(table(result)), flush=True)
         if result["evidence"]:
             read_table(result_file(args).with_name("evidence.json"))
         else:
             say("no evidence.json: it takes BF16 with a KV cache of 16 bits (--kv auto) and another row to compare")
-    except HalfbyteError as error:
-        ended_by("serving.py", error)
     sys.exit(0 if all(row["status"] == "ok" for row in result["rows"]) else 1)
 
 
