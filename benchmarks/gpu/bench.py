@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the models, then bench and tune each artifact; bench.json is whole after every step."""
     deadline = time.monotonic() + args.seconds
     platform, install = load_platform(args.on), find_vllm(args.vllm)
-    output, gpus = make_directory(args.output), cards(args.gpus)
+    output, gpus = make_directory(args.output).absolute(), cards(args.gpus)
     base = None if is_random(args.model) else resolve_model(args.model)
     place = place_of(output, args.model, base)
     names = chosen({name: name for name in PACKINGS if loads(name, platform)}, args.models)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             steps["tune"] = halfbyte_words("tune", *given, *tuned)
         rows.append({"name": name, "steps": {step: planned(words, step, there) for step, words in steps.items()}})
     result = {"schema": 1, "kind": "gpu-bench", **facts, "model": args.model, "levels": args.levels, "rows": rows}
-    lock, seats = Lock(), Queue[str]()
+    lock, seats, over = Lock(), Queue[str](), Event()
     for card in gpus:
         seats.put(card)
 
@@ -111,14 +111,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         card = seats.get()
         try:
             for step, entry in row["steps"].items():
-                do(entry, step, results / row["name"], card, deadline)
+                do(entry, step, results / row["name"], card, deadline, over)
                 with lock:
                     write_json(args.json or output / "bench.json", result)
         finally:
             seats.put(card)
 
     with ThreadPoolExecutor(len(gpus)) as pool:
-        list(pool.map(take, rows))
+        try:
+            list(pool.map(take, rows))
+        finally:
+            over.set()
     return result
 
 
@@ -158,17 +161,17 @@ def planned(words: Sequence[str], step: str, there: Path) -> dict[str, Any]:
     return {**(kept["entry"] if same else blank), "words": list(words)}
 
 
-def do(entry: dict[str, Any], step: str, there: Path, card: str, deadline: float) -> None:
-    """Run a step's command on a card until the deadline, and take its result file."""
-    if time.monotonic() >= deadline:
+def do(entry: dict[str, Any], step: str, there: Path, card: str, deadline: float, over: Event) -> None:
+    """Run a step's command on a card until the deadline, or until it is `over`, and take its result file."""
+    if time.monotonic() >= deadline or over.is_set():
         return
     say(f"{there.name}: {step}")
     log = make_directory(there) / f"{step}.log"
     with log.open("wb") as told:
         child = Child(entry["words"], {**environment(), **on_card(card)}, told, GRACE_S)
         try:
-            while child.poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_S)
+            while child.poll() is None and time.monotonic() < deadline and not over.wait(POLL_S):
+                pass
             code = child.poll()
         finally:
             child.stop()

@@ -82,7 +82,7 @@ def pair(text: str) -> list[int]:
 def loads_of(levels: Sequence[int], tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Points (`Work.points`) of so many sequences at once, with so many tokens of a prompt and of an answer."""
     prompt, answer = tokens
-    return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in levels]
+    return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in dict.fromkeys(levels)]
 
 
 @contextmanager

@@ -151,7 +151,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for card in gpus:
                 seats.put(card)
         served = {case.name: pool.submit(serve, scene, case, seats) for case in todo}
-        settle(scene, cases, todo, served, write)
+        try:
+            settle(scene, cases, todo, served, write)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for what has not begun
     write()
     return result()
 

@@ -267,6 +267,7 @@ def gathered(
         "platform": platform.name,
         "hardware": card_name(),
         "vllm": install.version,
+        "date": oldest(engines).isoformat(),
         "model": args.model,
         "levels": args.levels,
         "prompt_tokens": prompt,
@@ -281,6 +282,12 @@ def gathered(
         if row["weights_gib"] is None and engine.model.is_dir():
             row["weights_gib"] = sum(file.stat().st_size for file in engine.model.glob("*.safetensors")) / GIB
     return {**result, "evidence": evidence(result, config)}
+
+
+def oldest(engines: Sequence[Engine]) -> datetime.date:
+    """The day of the oldest of their timings; today where there are none."""
+    times = [engine.log.stat().st_mtime for engine in engines if engine.seconds and engine.log]
+    return datetime.date.fromtimestamp(min(times, default=time.time()))
 
 
 def holds(platform: Platform, version: str) -> dict[str, str]:
@@ -318,7 +325,7 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         "hardware": result["hardware"],
         "vllm": result["vllm"],
         **result["holds"],
-        "date": datetime.date.today().isoformat(),
+        "date": result["date"],
         "model": {
             "name": named,
             "parameters": parameters(config),

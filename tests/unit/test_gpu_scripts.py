@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -223,6 +224,7 @@ def test_a_row_that_was_cut_short_is_no_evidence() -> None:
     rows += [{**base, "model": "gptq", "kernel": "a", "seconds": {"c1": [0.5, 0.7, 0.5], "c4": [1.0]}}]
     rows += [{**base, "model": "awq", "kernel": "b", "seconds": {"c4": [1.5]}}]
     result = {"rows": rows, "levels": [1, 4, 16], "model": "random:8b", "platform": "h100", "hardware": "", "holds": {}}
+    result["date"] = "2026-01-02"
     result |= {"vllm": "0.26.0", "prompt_tokens": 8, "output_tokens": 8, "prefill": None, "repeats": 3}
     table = serving.evidence(result, serving.shape_config("random:8b", None))
     assert table and [(r["kernel"], r["seconds"]) for r in table["rows"]] == [
@@ -544,9 +546,13 @@ def test_serving_says_why_there_is_no_evidence(
         return int(end.value.code or 0)
 
     assert ended() == 0 and "no evidence" not in capsys.readouterr().err
-    evidence = (tmp_path / "out" / "evidence.json").read_text()
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    logs = list((tmp_path / "out").glob("random-tiny/runs/*/vllm.log"))
+    os.utime(logs[0], (0, 0))
     time_out()
-    assert ended("--seconds", "0") == 0 and (tmp_path / "out" / "evidence.json").read_text() == evidence
+    assert len(logs) == 2 and ended("--seconds", "0") == 0
+    later = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert later == {**evidence, "date": later["date"]} and later["date"].startswith("19"), "old seconds stay old"
     capsys.readouterr()
     words[-2:] = ["bf16"]
     assert ended() == 0 and "no evidence.json" in capsys.readouterr().err.splitlines()[-1]
