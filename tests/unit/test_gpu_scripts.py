@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -648,3 +649,16 @@ def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Pa
     assert decision.recipe.method == "nvfp4" and decision.recipe.activations == "bf16"
     words = " ".join(reason.text for reason in decision.reasons)
     assert "linear-backend" not in words and "kv-cache-dtype fp8 (" not in words
+
+
+def test_a_stopped_bench_ends_what_it_runs(tmp_path: Path) -> None:
+    """A step that is cut short is a row that says so, and keeps what was found before."""
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    entry = bench.planned(words, "bench", tmp_path)
+    over, began = threading.Event(), time.monotonic()
+    threading.Timer(1.0, over.set).start()
+    bench.do(entry, "bench", tmp_path, "", float("inf"), over)
+    assert time.monotonic() - began < 30 and entry["status"] == "failed" and entry["reason"] == "the time was over"
+    entry["reason"] = ""
+    bench.do(entry, "bench", tmp_path, "", float("inf"), over)
+    assert entry["reason"] == "", "nothing is begun"
