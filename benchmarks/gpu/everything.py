@@ -35,6 +35,8 @@ STEPS = {"quantize": 1.5, "kernels": 0.5, "served": 1.5, "matrix": 1.5, "serving
 UNTIMED = ("quantize", "kernels")
 """What knows no --seconds: it is stopped when its share is over."""
 LEAST_S, END_S = 60.0, 10.0
+MARGIN_S = 30.0
+"""What a step takes to begin, and to end what it runs, beside the time that it is told."""
 ROOM = 64 << 30
 
 
@@ -83,7 +85,7 @@ def main() -> None:
         own = share(left, args.steps[index:])
         say(f"{step}: {own:.0f} s")
         limit = own if step in UNTIMED else left
-        codes[step], told = run_step(step, words_of(step, args, own), make_directory(args.work), limit)
+        codes[step], told = run_step(step, words_of(step, args, own - MARGIN_S), make_directory(args.work), limit)
         collect(args, output, step)
         tables.append(told)
         write_text(output / "tables.txt", "\n".join(tables))

@@ -601,7 +601,12 @@ def test_the_matrix_ranks_by_what_was_timed(
 ) -> None:
     monkeypatch.setattr(matrix, "find_vllm", lambda named: engine_program)
     report = tmp_path / "report.md"
-    args = matrix.parse(["--dry", "-o", str(tmp_path / "out"), "--report", str(report)])
+    words = ["--dry", "-o", str(tmp_path / "out"), "--report", str(report)]
+    args = matrix.parse(words)
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *words, "--seconds", "0"])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 1, "nothing is timed"
     result, speeds = matrix.run(args)
     assert [cell["status"] for cell in result["cells"]] == ["judged", "judged"]
     for cell in result["cells"]:
