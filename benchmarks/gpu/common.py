@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from typing import Any
 import torch
 
 from halfbyte.calibration import CalibrationSet
-from halfbyte.files import make_directory, write_json
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.files import make_directory, write_json, write_text
 from halfbyte.models import Checkpoint
-from halfbyte.serving import LogFacts, VllmInstall, parse_log, root_error
+from halfbyte.serving import LogFacts, VllmInstall, bench_memory, parse_log, root_error
 from halfbyte.serving.child import Child
 from halfbyte.serving.log import read_log
 
@@ -46,18 +49,58 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--on", default="h100")
-    parser.add_argument("--gpus", default=None)
+    parser.add_argument("--gpus", default=None, help="which of the visible ones, by number: 0,1; none: all")
     parser.add_argument("--vllm", default=None)
     parser.add_argument("--dry", action="store_true")
     return parser
 
 
-def loads_of(levels: str, tokens: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Points (`Work.points`) of so many sequences at once ("1,4") with a prompt and an answer ("128,128"), and the
-    numbers of sequences."""
-    numbers = [int(level) for level in levels.split(",")]
-    prompt, answer = map(int, tokens.split(","))
-    return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in numbers], numbers
+def counts(text: str) -> list[int]:
+    """An option's whole numbers above zero: "1,4,16"."""
+    numbers = [int(word) if word.strip().isdecimal() else 0 for word in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1,4,16: whole numbers above zero")
+    return numbers
+
+
+def count(text: str) -> int:
+    """An option's one whole number above zero."""
+    numbers = counts(text)
+    if len(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one whole number")
+    return numbers[0]
+
+
+def pair(text: str) -> list[int]:
+    """An option's tokens of a prompt and of an answer: "128,128"."""
+    numbers = counts(text)
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 128,128: tokens of a prompt, then of an answer")
+    return numbers
+
+
+def loads_of(levels: Sequence[int], tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Points (`Work.points`) of so many sequences at once, with so many tokens of a prompt and of an answer."""
+    prompt, answer = tokens
+    return [{"name": f"c{n}", "prompts": n, "input": prompt, "output": answer} for n in dict.fromkeys(levels)]
+
+
+@contextmanager
+def one_line(script: str) -> Iterator[None]:
+    """A user's mistake, and a stop, is one line and its exit status."""
+    try:
+        yield
+    except HalfbyteError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """A short name of plain facts, for the file or directory of what was measured under them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def random_set(model: Path, sequences: int, length: int) -> CalibrationSet:
@@ -68,16 +111,41 @@ def random_set(model: Path, sequences: int, length: int) -> CalibrationSet:
     return CalibrationSet.of(list(ids), {"source": {"kind": "random", "seed": 0}})
 
 
-def cards(asked: str | None) -> list[str]:
-    """The GPUs to use: those asked for ("0,1"), else all that torch sees; [""] on a machine without one."""
-    if asked:
-        return [card.strip() for card in asked.split(",")]
-    return [str(i) for i in range(torch.cuda.device_count())] or [""]
+def cards(asked: str | None = None) -> list[str]:
+    """The GPUs to use, in CUDA_VISIBLE_DEVICES' words: of those that this process may see all, or those asked for by
+    their places among them ("0,1"); [""] on a machine without one. Raises UsageError for one that is not there."""
+    seen = visible()
+    if not asked:
+        return seen or [""]
+    places = [word.strip() for word in asked.split(",")]
+    for place in places:
+        if not place.isdecimal() or int(place) >= len(seen):
+            raise UsageError(f"there is no GPU {place!r}: {len(seen)} can be seen here, numbered from 0")
+    return [seen[int(place)] for place in places]
+
+
+def visible() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that torch sees. A UUID becomes a number where NVML knows it: vLLM reads
+    numbers alone."""
+    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(i) for i in range(number)]
+    words = [word.strip() for word in named.split(",")][:number]
+    nvml = None if all(word.isdecimal() for word in words) else bench_memory._nvml()
+    if nvml is None:
+        return words
+    found = [str(nvml.nvmlDeviceGetIndex(handle)) for handle in bench_memory.visible_devices(nvml)]
+    return found if len(found) == number else words
 
 
 def on_card(card: str) -> dict[str, str]:
     """The environment of a program that sees that one GPU."""
-    return {**QUIETLY, **({"CUDA_VISIBLE_DEVICES": card} if card else {})}
+    if not card:
+        return dict(QUIETLY)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    by_nvml = named is not None and card not in [word.strip() for word in named.split(",")]
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if by_nvml else {}  # as NVML numbers them
+    return {**QUIETLY, **order, "CUDA_VISIBLE_DEVICES": card}
 
 
 def card_name() -> str:
@@ -128,7 +196,8 @@ def log_tail(path: Path) -> str:
 
 @dataclass
 class Engine:
-    """One configuration to time. `words`: for vLLM; `gib`: device memory that it takes; `facts`: the caller's own.
+    """One configuration to time. `words`: for vLLM; `gib`: device memory that it takes; `facts`: the caller's own;
+    `weights`: names what the model's directory holds, or is going to.
 
     After `run_engines`: status ("ok", "failed" or "not run"), reason, seconds by point, what the log says.
     """
@@ -143,6 +212,7 @@ class Engine:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     load_seconds: float | None = None
     log: Path | None = None
+    weights: str = ""
 
     def logged(self) -> LogFacts:
         return parse_log(read_log(self.log) if self.log else "")
@@ -182,20 +252,51 @@ class Work:
     timing: float = 40.0
 
 
+def run_place(engine: Engine, work: Work, install: VllmInstall, place: Path) -> Path:
+    """The directory of an engine's timings: another for all that they depend on beside their load."""
+    facts = {"weights": engine.weights, "words": list(engine.words), "repeats": work.repeats, "vocab": work.vocab}
+    return place / f"{engine.name}-{digest({**facts, 'vllm': install.version, 'hardware': card_name()})}"
+
+
+def to_time(engines: Iterable[Engine], work: Work, install: VllmInstall, place: Path) -> list[Engine]:
+    """The engines of which a point is still to be timed; all take what is there already."""
+    left = []
+    for engine in engines:
+        there = run_place(engine, work, install, place)
+        lines = read_lines(there / "result.jsonl")
+        engine.seconds = seconds_of(lines, work.points)
+        if engine.seconds:
+            engine.log = there / "vllm.log"
+            engine.load_seconds = next((line["load"] for line in lines if "load" in line), None)
+        if len(engine.seconds) == len(work.points):
+            engine.status = "ok"
+        else:
+            left.append(engine)
+    return left
+
+
+def seconds_of(lines: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The seconds of each of these points that was timed, by its name."""
+    return {point["name"]: line["seconds"] for point in points for line in lines if line.get("point") == point}
+
+
 class Running:
-    """An engine's process on a card, from its start to `stop`."""
+    """An engine's process on a card, from its start to `stop`: it times the points that were not timed yet."""
 
     def __init__(self, engine: Engine, card: str, work: Work, install: VllmInstall, place: Path) -> None:
         self.engine, self.work = engine, work
-        there = make_directory(place / engine.name)
+        there = make_directory(run_place(engine, work, install, place))
         self.result, self.go = there / "result.jsonl", there / "go"
-        for file in (self.result, self.go):
-            file.unlink(missing_ok=True)
-        spec = {"model": str(engine.model), "words": list(engine.words), "points": list(work.points)}
+        self.go.unlink(missing_ok=True)
+        kept = [line for line in read_lines(self.result) if "point" in line]
+        write_text(self.result, "".join(json.dumps(line) + "\n" for line in kept))
+        timed = seconds_of(kept, work.points)
+        missing = [point for point in work.points if point["name"] not in timed]
+        spec = {"model": str(engine.model), "words": list(engine.words), "points": missing}
         spec |= {"repeats": work.repeats, "vocab": work.vocab, "result": str(self.result), "go": str(self.go)}
         write_json(there / "spec.json", spec)
         engine.log = there / "vllm.log"
-        with engine.log.open("wb") as log:
+        with engine.log.open("ab" if timed else "wb") as log:
             command = [python_of(install), str(OFFLINE), str(there / "spec.json")]
             self.child = Child(command, on_card(card), log, GRACE_S)
 
@@ -218,8 +319,8 @@ class Running:
         while True:
             over = self.child.poll() is not None
             lines = read_lines(self.result)
-            engine.load_seconds = next((line["ready"] for line in lines if "ready" in line), None)
-            engine.seconds = {line["point"]: line["seconds"] for line in lines if "point" in line}
+            engine.load_seconds = next((line["ready"] for line in lines if "ready" in line), engine.load_seconds)
+            engine.seconds = seconds_of(lines, self.work.points)
             if there(lines):
                 return True
             late = time.monotonic() > deadline
@@ -268,15 +369,16 @@ def run_engines(
     least: float = 0.0,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Load and time every engine. Those of a round load together on all cards; when all are ready, each card times its
-    own one after the other, so that nothing else computes beside a measurement.
+    """Load and time every engine; what was timed before is taken (`to_time`). Those of a round load together on all
+    cards; when all are ready, each card times its own one after the other, so that nothing else computes beside a
+    measurement.
 
     gib        a card's memory; abreast: how many engines share it
     prepare    makes what an engine needs (its model) before it is started
     deadline   of time.monotonic(): no round begins with less than `least` seconds left, and what runs then is ended
     after      called after each measured engine, with nothing: the place to write results
     """
-    waiting = list(engines)
+    waiting = to_time(engines, work, install, place)
     while waiting:
         left = deadline - time.monotonic()
         if left < least:
@@ -347,6 +449,19 @@ def environment() -> dict[str, str]:
     """This process's environment with the checkout first on PYTHONPATH (vLLM may lie behind it)."""
     rest = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)}
+
+
+def halfbyte_words(*words: str) -> list[str]:
+    """This checkout's `halfbyte WORDS`, whatever lies where it is called (with `environment`)."""
+    return [sys.executable, "-P", "-m", "halfbyte.cli.app", *words]
+
+
+def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
+    """tokens/s of a side of a point, and times BF16; why there is none where it failed."""
+    rate = entry["output_tokens_per_second"]
+    if rate is None:
+        return f"{entry['status']}: {entry['reason'][:60]}"
+    return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

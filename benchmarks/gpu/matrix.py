@@ -6,19 +6,20 @@
 `halfbyte sweep` makes, judges and ranks the cells; between its two passes vLLM times BF16 and every cell that is served
 differently (cells whose files have the same tensors and the same config, such as NVFP4 in groups of 16, 64 and 128,
 share one measurement), several engines loading at once and each timed alone, and writes what the sweep ranks by,
-results/NAME.bench.json. The KV cache has 16 bits. --report takes the sweep's report, headed by the commands.
+results/NAME.bench.json, after each engine. The KV cache has 16 bits. What was timed is not timed again as long as
+the cell's tensors and config, load, repeats, vLLM and GPU are the same. --report takes the sweep's report, headed by
+the command.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,22 +33,28 @@ from benchmarks.gpu.common import (
     card_gib,
     card_name,
     cards,
+    count,
+    counts,
+    digest,
     engine_words,
     loads_of,
     markdown,
+    one_line,
+    pair,
     parser_of,
     random_set,
+    rate_words,
     run_engines,
     say,
 )
 from benchmarks.gpu.served import DRY_TOKENS, dry_windows
 from benchmarks.gpu.shapes import random_model
 from halfbyte import sweep
-from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import text_windows
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.files import make_directory, write_json, write_text
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.checkpoint import read_json
 from halfbyte.models.library import load_tokenizer
 from halfbyte.serving import find_vllm
 
@@ -63,15 +70,17 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
     parser.add_argument("--text", type=Path, help="what the cells are judged on")
     parser.add_argument("--windows", type=int, default=100, help="of 512 tokens")
-    parser.add_argument("--levels", default="64,1", help="sequences at once; the first counts in the ranking")
-    parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--abreast", type=int, default=5)
+    parser.add_argument(
+        "--levels", type=counts, default=[64, 1], help="sequences at once; the first counts in the ranking"
+    )
+    parser.add_argument("--tokens", type=pair, default=[128, 128], help="of a prompt and an answer")
+    parser.add_argument("--repeats", type=count, default=5)
+    parser.add_argument("--abreast", type=count, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no engine starts that could not end")
     parser.add_argument("--report", type=Path, default=None)
     args = parser.parse_args(words)
     if args.dry:
-        args.on, args.levels, args.tokens, args.repeats, args.abreast = "cpu", "2,1", "16,8", 2, 2
+        args.on, args.levels, args.tokens, args.repeats, args.abreast = "cpu", [2, 1], [16, 8], 2, 2
     elif not (args.model and args.calibration and args.text):
         parser.error("name MODEL, --calibration DIR and --text FILE, or --dry")
     return args
@@ -79,12 +88,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("matrix.py"):
         result, speeds = run(args)
-    except HalfbyteError as error:
-        sys.exit(f"matrix.py: {error}")
     print("\n".join(table(result, speeds)))
-    sys.exit(0 if all(cell["status"] == "judged" for cell in result["cells"]) else 1)
+    timed = all(bench["tokens_per_second"] is not None for bench in speeds.values())
+    sys.exit(0 if timed and all(cell["status"] == "judged" for cell in result["cells"]) else 1)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,18 +114,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say(f"{len(result['cells'])} cells made and judged after {time.monotonic() - began:.0f} s")
-    points, levels = loads_of(args.levels, args.tokens)
-    answer = points[0]["output"]
-    config = Checkpoint(base).config
+    points, config = loads_of(args.levels, args.tokens), Checkpoint(base).config
     engines = engines_of(result["cells"], there, base, engine_words(config, "auto", points))
+    lock, speeds = Lock(), dict[str, Any]()
     work = Work(points, args.repeats, min(config["vocab_size"], 100_000), timing=15)
 
-    def write() -> dict[str, Any]:
-        facts = {"platform": args.on, "hardware": card_name(), "vllm": install.version, "concurrency": levels[0]}
-        speeds = {row["name"]: bench_of(row, engines, levels, answer, facts) for row in result["cells"] if row["path"]}
-        for name, bench in speeds.items():
-            write_json(make_directory(there / "results") / f"{name}.bench.json", bench)
-        return speeds
+    def write() -> None:
+        facts = {"platform": args.on, "hardware": card_name(), "vllm": install.version, "concurrency": args.levels[0]}
+        with lock:
+            for row in result["cells"]:
+                if row["path"]:
+                    file = make_directory(there / "results") / f"{row['name']}.bench.json"
+                    bench = bench_of(row, engines, args.levels, args.tokens[1], facts)
+                    speeds[row["name"]] = better(bench, file)
+                    write_json(file, speeds[row["name"]])
 
     run_engines(
         list(engines.values()),
@@ -128,8 +138,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         gib=card_gib(),
         abreast=args.abreast,
         deadline=began + args.seconds,
+        after=write,
     )
-    speeds = write()
+    write()
     result = swept()
     if args.report:
         write_text(args.report, report(there / "report.md", args, speeds, time.monotonic() - began))
@@ -142,15 +153,17 @@ def engines_of(
     """BF16, and one engine for each way in which cells are served. `facts["cells"]`: whose speed it is."""
     words, space = told
     size = sum(file.stat().st_size for file in base.glob("*.safetensors")) / GIB
-    engines = {"": Engine("bf16", base, tuple(words), size + space + ROOM_GIB, {"cells": [BASELINE]})}
+
+    def engine(name: str, directory: Path, weights: str, cells: list[str]) -> Engine:
+        return Engine(name, directory, tuple(words), size + space + ROOM_GIB, {"cells": cells}, weights=weights)
+
+    engines = {"": engine("bf16", base, served_as(base), [BASELINE])}
     for row in cells:
         if row["path"]:
             directory = there / row["path"]
-            engine = engines.setdefault(
-                served_as(directory),
-                Engine(row["name"], directory, tuple(words), size + space + ROOM_GIB, {"cells": []}),
-            )
-            engine.facts["cells"].append(row["name"])
+            weights = served_as(directory)
+            mine = engines.setdefault(weights, engine(row["name"], directory, weights, []))
+            mine.facts["cells"].append(row["name"])
     return engines
 
 
@@ -158,7 +171,7 @@ def served_as(directory: Path) -> str:
     """The same for two artifacts in which vLLM finds the same tensors under the same config: as fast as each other."""
     checkpoint = Checkpoint(directory)
     tensors = {name: [str(info.dtype), list(info.shape)] for name, info in checkpoint.tensors.items()}
-    return hashlib.sha256(json.dumps([tensors, checkpoint.config], sort_keys=True).encode()).hexdigest()
+    return digest({"tensors": tensors, "config": checkpoint.config})
 
 
 def bench_of(
@@ -190,6 +203,14 @@ def bench_of(
     }
 
 
+def better(bench: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A cell's speed, or what the file has of the same artifact where this one was not measured at the concurrency that
+    counts and that one was."""
+    before = read_json(file) if file.is_file() else {}
+    kept = before.get("tokens_per_second") is not None and before.get("work") == bench["work"]
+    return before if kept and bench["tokens_per_second"] is None and before.get("points") else bench
+
+
 def rates(engine: Engine, level: int, answer: int) -> list[float]:
     """Tokens written a second, all sequences together, of each repeat."""
     return [level * answer / seconds for seconds in engine.seconds.get(f"c{level}", [])]
@@ -205,20 +226,19 @@ def side(found: Sequence[float], engine: Engine) -> dict[str, Any]:
 
 def report(source: Path, args: argparse.Namespace, speeds: Mapping[str, Any], seconds: float) -> str:
     """The sweep's Markdown under the command that made it."""
-    any_speed = next(iter(speeds.values()), {})
-    pairs = ((name, bench["measured_as"]) for name, bench in speeds.items())
+    machines = sorted({f"{bench['hardware']}, vLLM {bench['vllm']}" for bench in speeds.values()})
+    pairs = ((name, bench.get("measured_as", name)) for name, bench in speeds.items())
     shared = sorted(f"{name} as {other}" for name, other in pairs if name != other)
     head = [
-        f"# The strategy's matrix on {any_speed.get('hardware')}",
+        f"# The strategy's matrix on {card_name()}",
         "",
-        "Made by this command, from a checkout, on a machine with the GPU and vLLM "
-        f"{any_speed.get('vllm')}, in {seconds:.0f} s:",
+        f"Made by this command, from a checkout, in {seconds:.0f} s; speeds are of {'; '.join(machines) or 'nothing'}:",
         "",
         "```bash",
         "python benchmarks/gpu/matrix.py " + shlex.join(sys.argv[1:]),
         "```",
         "",
-        f"tokens/s: offline generation in vLLM, {args.tokens.replace(',', ' tokens in and ')} out, all sequences "
+        f"tokens/s: offline generation in vLLM, {args.tokens[0]} tokens in and {args.tokens[1]} out, all sequences "
         f"started at once, {args.repeats} repeats, KV cache of 16 bits. Cells that vLLM serves alike share a "
         f"measurement: {', '.join(shared) or 'none of these'}.",
         "",
@@ -237,15 +257,8 @@ def table_speeds(speeds: Mapping[str, Any]) -> list[str]:
     rows = [["BF16", "", *(rate_words(point["baseline"], None) for point in first["points"])]]
     for name, bench in speeds.items():
         cells = [rate_words(point["model"], point["speedup"]) for point in bench["points"]]
-        rows.append([name, ", ".join(bench["kernels"]) or "not named", *cells])
+        rows.append([name, ", ".join(bench.get("kernels") or ()) or "not named", *cells])
     return markdown(["cell", "kernel", *(f"tokens/s at {level}" for level in levels)], rows)
-
-
-def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
-    rate = entry["output_tokens_per_second"]
-    if rate is None:
-        return f"{entry['status']}: {entry['reason'][:60]}"
-    return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
 
 
 def table(result: Mapping[str, Any], speeds: Mapping[str, Any]) -> list[str]:

@@ -23,14 +23,15 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     started = time.monotonic()
     llm = engine(spec["model"], spec["words"])
-    tell(spec, {"ready": round(time.monotonic() - started, 2)})
+    ready = round(time.monotonic() - started, 2)
+    tell(spec, {"ready": ready})
     parent = os.getppid()
     while not Path(spec["go"]).exists():
         if os.getppid() != parent:
             return
         time.sleep(0.05)
     for point in spec["points"]:
-        tell(spec, {"point": point["name"], "seconds": timed(llm, point, spec["repeats"], spec["vocab"])})
+        tell(spec, {"point": point, "seconds": timed(llm, point, spec["repeats"], spec["vocab"]), "load": ready})
     tell(spec, {"done": True})
 
 

@@ -1,13 +1,14 @@
 """Does real vLLM compute what each artifact says? Every format, kernel, exemption and KV cache, on this GPU.
 
     python benchmarks/gpu/served.py MODEL --calibration DIR --text FILE -o DIR [--gpus 0,1] [--jobs N] [--json FILE]
-    python benchmarks/gpu/served.py --dry --text FILE -o DIR      on this CPU with a tiny model: does it work?
+    python benchmarks/gpu/served.py --dry -o DIR      on this CPU with a tiny model: does it work?
 
 MODEL is quantized in all artifacts of served.yaml in one pass; then every case of it is served by vLLM, several at once
 on a card. Perplexity over HTTP is held against the fake-quantized transformers model: within 0.5 % passes. For NVFP4
 the log-probabilities also tell what the kernel does with its inputs: they are compared with the model with 16-bit, FP8
 and NVFP4 inputs. An FP8 KV cache is held against the same artifact without one (2 %). A case that fails is a row with
-its reason and the last of vLLM's log. Writes served.json. Exit status 1 where a row fails.
+its reason and the last of vLLM's log. Writes served.json after each case. Exit status 1 where a row fails. What was
+served is not served again as long as artifact, case, text, vLLM and GPU are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,20 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.activations import Emulation, distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import GIB, card_name, cards, log_tail, markdown, on_card, parser_of, random_set, say
+from benchmarks.gpu.common import (
+    GIB,
+    card_name,
+    cards,
+    count,
+    digest,
+    log_tail,
+    markdown,
+    on_card,
+    one_line,
+    parser_of,
+    random_set,
+    say,
+)
 from benchmarks.gpu.shapes import random_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.calibration import CalibrationSet
@@ -45,6 +59,7 @@ from halfbyte.experiments.production import Production
 from halfbyte.experiments.quantize import device_of
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
+from halfbyte.models.checkpoint import read_json
 from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.platforms import Platform, load_platform
 from halfbyte.serving import Client, Server, VllmInstall, declared_variant, find_vllm, perplexity, serve_command
@@ -79,27 +94,25 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default=None)
     parser.add_argument("--calibration", type=Path, help="a set made by halfbyte calibrate")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens that are scored")
+    parser.add_argument("--text", type=Path, help="what is scored")
+    parser.add_argument("--windows", type=count, default=24, help="of 512 tokens that are scored")
     parser.add_argument("--cases", nargs="+", default=None)
-    parser.add_argument("--jobs", type=int, default=6, help="servers at once on a card")
+    parser.add_argument("--jobs", type=count, default=6, help="servers at once on a card")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no server starts after so long")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args(words)
     if args.dry:
         args.on, args.jobs, args.windows = "cpu", 1, 2
         args.cases = args.cases or ["bf16", "gptq-g32", "gptq-head"]
-    elif not args.model or not args.calibration:
-        parser.error("name MODEL and --calibration DIR, or --dry")
+    elif not (args.model and args.calibration and args.text):
+        parser.error("name MODEL, --calibration DIR and --text FILE, or --dry")
     return args
 
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("served.py"):
         result = run(args)
-    except HalfbyteError as error:
-        sys.exit(f"served.py: {error}")
     print("\n".join(table(result)))
     sys.exit(0 if all(row["passed"] for row in result["rows"]) else 1)
 
@@ -116,23 +129,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     reasons = make_all(plan, cases, base, data, place, args.dry)
     say(f"artifacts made after {time.monotonic() - began:.0f} s")
     scene = Scene(base, place, platform, install, windows, began + args.seconds)
+    gpus = cards(args.gpus)
     facts = {"schema": 1, "kind": "gpu-served", "hardware": card_name(), "vllm": install.version}
     facts |= {"model": args.model or "random:tiny", "limit": LIMIT, "text": windows.describe()}
 
     def result() -> dict[str, Any]:
         return {**facts, "rows": [case.row for case in cases], "seconds": round(time.monotonic() - began, 1)}
 
+    def write() -> None:
+        write_json(args.json or place / "served.json", result())
+
     for case in cases:
         why = reasons.get(case.artifact or "", "")
         case.row = blank(case, f"not made: {why}" if why else "not served yet")
-    todo = [case for case in cases if not reasons.get(case.artifact or "")]
-    with ThreadPoolExecutor(args.jobs * len(cards(args.gpus))) as pool:
+        if not why and (kept := scene.row_file(case)).is_file():
+            case.row = read_json(kept)
+    todo = [case for case in cases if case.row["status"] != "served" and not reasons.get(case.artifact or "")]
+    with ThreadPoolExecutor(args.jobs * len(gpus)) as pool:
         seats: Queue[str] = Queue()
         for _ in range(args.jobs):
-            for card in cards(args.gpus):
+            for card in gpus:
                 seats.put(card)
         served = {case.name: pool.submit(serve, scene, case, seats) for case in todo}
-        settle(scene, todo, served, lambda: write_json(args.json or place / "served.json", result()))
+        try:
+            settle(scene, cases, todo, served, write)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for what has not begun
+    write()
     return result()
 
 
@@ -162,6 +185,15 @@ class Scene:
     def directory(self, case: Case) -> Path:
         return self.place / "artifacts" / case.artifact if case.artifact else self.base
 
+    def row_file(self, case: Case) -> Path:
+        """Where a case's row is kept, once it is served: another for all that it depends on."""
+        manifest = self.directory(case) / "halfbyte.json"
+        weights = read_json(manifest)["work"] if case.artifact else Checkpoint(self.base).fingerprint()
+        facts = {"weights": weights, "words": list(case.words), "against": case.against, "compare": case.compare}
+        facts |= {"text": self.windows.describe(), "vllm": self.install.version, "hardware": card_name()}
+        facts |= {"limits": [LIMIT, KV_LIMIT]}
+        return self.place / "rows" / f"{case.name}-{digest(facts)}.json"
+
     @property
     def ids(self) -> list[list[int]]:
         return [ids.tolist() for ids in self.windows.ids]
@@ -173,7 +205,7 @@ def make_all(
     """Every artifact that a case wants, in one pass over the model and one over its untied copy; why some failed."""
     wanted = {case.artifact for case in cases if case.artifact}
     reasons: dict[str, str] = {}
-    for group, model in (("artifacts", lambda: base), ("heads", lambda: untied(base, place / "untied"))):
+    for group, model in (("artifacts", lambda: base), ("heads", lambda: untied(base, place))):
         recipes = {name: recipe for name, recipe in plan[group].items() if name in wanted}
         if recipes:
             reasons |= produce(recipes, plan["defaults"], model(), data, place / "artifacts")
@@ -207,10 +239,11 @@ def produce(
 
 
 def untied(base: Path, place: Path) -> Path:
-    """The model with an lm_head of its own, which a checkpoint with tied embeddings does not have."""
+    """The model with an lm_head of its own, which a checkpoint with tied embeddings does not have; made in `place`."""
     checkpoint = Checkpoint(base)
     if checkpoint.has("lm_head.weight"):
         return base
+    place /= f"untied-{checkpoint.fingerprint()[:12]}"
     if not (place / "model.safetensors").is_file():
         make_directory(place)
         for file in base.iterdir():
@@ -266,11 +299,17 @@ def serve(scene: Scene, case: Case, seats: Queue[str]) -> dict[str, Any]:
         seats.put(card)
 
 
-def settle(scene: Scene, cases: Sequence[Case], served: Mapping[str, Future[Any]], write: Any) -> None:
-    """Score each artifact in transformers while the servers start, then judge every case as it is done."""
+def settle(
+    scene: Scene,
+    cases: Sequence[Case],
+    todo: Sequence[Case],
+    served: Mapping[str, Future[Any]],
+    write: Callable[[], None],
+) -> None:
+    """Score each artifact in transformers while the servers start, then judge every case of `todo` as it is done."""
     references: dict[str, dict[str, Scores]] = {}
     named = {case.name: case for case in cases}
-    for case in cases:
+    for case in todo:
         key = case.artifact or ""
         try:
             if key not in references:
@@ -278,8 +317,13 @@ def settle(scene: Scene, cases: Sequence[Case], served: Mapping[str, Future[Any]
                 references[key] = reference(scene.directory(case), scene.windows, compare)
             found = served[case.name].result()
             other = named.get(case.against or "")
-            before = served[other.name].result()["ppl_served"] if other else None
+            before = None
+            if other:
+                before = (served[other.name].result() if other.name in served else other.row).get("ppl_served")
+                if before is None:
+                    raise HalfbyteError(f"{other.name}, which it is held against, was not served")
             case.row = judged(scene, case, found, references[key], before)
+            write_json(make_directory(scene.place / "rows") / scene.row_file(case).name, case.row)
         except Exception as error:
             case.row = blank(case, " ".join(str(error).split()) or type(error).__name__)
             case.row["log"] = log_tail(scene.place / "logs" / f"{case.name}.log")

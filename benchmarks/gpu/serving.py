@@ -3,19 +3,19 @@
     python benchmarks/gpu/serving.py [MODEL] -o DIR [--configs bf16 gptq …] [--kv auto fp8] [--gpus 0,1] [--json FILE]
     python benchmarks/gpu/serving.py --dry -o DIR        the same on this CPU with a tiny model: does it work?
 
-MODEL is a directory or a hub id, or random:8b or random:32b: a model of that shape with random weights, for machines
-without network (speed does not depend on what weights say). Several engines load at once on a card, as many as its
-memory holds; when all are ready, each is timed alone: N sequences of 128 tokens in and 128 out that start together, at
-each N, and long prompts. In order of importance, so that a run that is cut short is still of use: BF16, GPTQ, NVFP4 in
-Humming, AWQ, NVFP4 in Marlin, with the KV cache of 16 bits, then with FP8. What was timed is kept and not timed again.
-In DIR: serving.json, and evidence.json (halfbyte plan, serve: --evidence). 8B takes 35 GiB of disk (or of /dev/shm).
+MODEL is a directory or a hub id, or random:8b (Llama-3.1-8B's shape) or random:32b (Qwen2.5-32B's): random weights, for
+machines without network (speed does not depend on what weights say). Several engines load at once on a card, as many as
+its memory holds; when all are ready, each is timed alone: N sequences of 128 tokens in and 128 out that start together,
+at each N, and long prompts. In order of importance, so that a run that is cut short is still of use: BF16, GPTQ, NVFP4
+in Humming, AWQ, NVFP4 in Marlin, with the KV cache of 16 bits, then with FP8. What was timed is not timed again as long
+as weights, words for vLLM, load, repeats, vLLM and GPU are the same. In DIR: serving.json, and beside it evidence.json
+(halfbyte plan, serve: --evidence). 8B takes 35 GiB of disk (or of /dev/shm).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,19 +34,22 @@ from benchmarks.gpu.common import (
     card_gib,
     card_name,
     cards,
+    count,
+    counts,
     engine_words,
     loads_of,
     markdown,
     middle,
+    one_line,
+    pair,
     parser_of,
     random_set,
-    read_lines,
     run_engines,
     say,
 )
-from benchmarks.gpu.shapes import Packing, is_random, packed_model, random_model
+from benchmarks.gpu.shapes import NAMES, Packing, config_of, is_random, packed_model, place_of, random_model
 from halfbyte import quantize
-from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.errors import UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
@@ -83,30 +86,30 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="random:8b")
     parser.add_argument("--configs", nargs="+", default=None, help=f"{', '.join(CONFIGS)}; more by --on (tune)")
     parser.add_argument("--kv", nargs="+", choices=["auto", "fp8"], default=["auto", "fp8"])
-    parser.add_argument("--levels", default="1,4,16,64,128,256")
-    parser.add_argument("--tokens", default="128,128", help="of a prompt and an answer")
+    parser.add_argument("--levels", type=counts, default=[1, 4, 16, 64, 128, 256])
+    parser.add_argument("--tokens", type=pair, default=[128, 128], help="of a prompt and an answer")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the long prompts; 0: none")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--abreast", type=int, default=4, help="engines that share a card while they load")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--abreast", type=count, default=4, help="engines that share a card while they load")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins that could not end")
     parser.add_argument("--least", type=float, default=200, help="seconds that a round takes at least")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args(words)
     if args.dry:
-        args.model, args.on, args.levels, args.prefill, args.repeats = "random:tiny", "cpu", "1,2", 32, 2
-        args.tokens, args.kv, args.abreast, args.least = "16,8", ["auto"], 2, 0.0
+        args.model, args.on, args.levels, args.prefill, args.repeats = "random:tiny", "cpu", [1, 2], 32, 2
+        args.tokens, args.kv, args.abreast, args.least = [16, 8], ["auto"], 2, 0.0
     return args
 
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line("serving.py"):
         result = run(args)
         print("\n".join(table(result)), flush=True)
         if result["evidence"]:
-            read_table(args.output / "evidence.json")
-    except HalfbyteError as error:
-        sys.exit(f"serving.py: {error}")
+            read_table(result_file(args).with_name("evidence.json"))
+        else:
+            say("no evidence.json: it takes BF16 with a KV cache of 16 bits (--kv auto) and another row to compare")
     sys.exit(0 if all(row["status"] == "ok" for row in result["rows"]) else 1)
 
 
@@ -114,27 +117,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time what is missing; serving.json and evidence.json are whole after every engine."""
     deadline = time.monotonic() + args.seconds
     platform, install = load_platform(args.on), find_vllm(args.vllm)
-    place, gpus = make_directory(args.output), cards(args.gpus)
-    points, levels = points_of(args)
+    output, gpus, points = make_directory(args.output), cards(args.gpus), points_of(args)
     base = None if is_random(args.model) else resolve_model(args.model)
-    config = shape_config(args.model, base)
+    place, config = place_of(output, args.model, base), shape_config(args.model, base)
     configs = chosen(configs_of(platform, install.version), args.configs)
     engines = [
         engine_of(name, *choice, kv, place, config, points) for kv in args.kv for name, choice in configs.items()
     ]
-    done = earlier(engines, place, points)
     lock = Lock()
 
     def write() -> None:
         with lock:
-            result = gathered(args, engines, platform, install, config, levels)
-            write_json(args.json or place / "serving.json", result)
+            result = gathered(args, engines, platform, install, config)
+            write_json(result_file(args), result)
             if result["evidence"]:
-                write_json(place / "evidence.json", result["evidence"])
+                write_json(result_file(args).with_name("evidence.json"), result["evidence"])
 
     work = Work(points, args.repeats, min(config["vocab_size"], 100_000))
     run_engines(
-        [engine for engine in engines if engine.name not in done],
+        engines,
         work,
         install,
         place / "runs",
@@ -147,15 +148,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         after=write,
     )
     write()
-    return gathered(args, engines, platform, install, config, levels)
+    return gathered(args, engines, platform, install, config)
 
 
-def points_of(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[int]]:
-    """The loads, and the concurrencies among them."""
-    points, levels = loads_of(args.levels, args.tokens)
+def result_file(args: argparse.Namespace) -> Path:
+    """Where the results go; evidence.json lies beside it."""
+    return args.json or args.output / "serving.json"
+
+
+def points_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The loads: every concurrency, and the long prompts."""
+    points = loads_of(args.levels, args.tokens)
     if args.prefill:
         points.append({"name": PREFILL, "prompts": PREFILL_PROMPTS, "input": args.prefill, "output": 1})
-    return points, levels
+    return points
 
 
 def configs_of(platform: Platform, version: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -201,7 +207,8 @@ def engine_of(
     weights = parameters(config) * (2 if model == "bf16" else 0.72) / GIB
     facts = {"config": name, "model": model, "kv": kv, "backend": dict(zip(words[::2], words[1::2]))}
     title = name if kv == "auto" else f"{name}-{kv}"
-    return Engine(title, place / "models" / model, (*told, *words), weights + space + ROOM_GIB, facts)
+    size, named = weights + space + ROOM_GIB, f"{place.name} {PACKINGS.get(model)}"
+    return Engine(title, place / "models" / model, (*told, *words), size, facts, weights=named)
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -213,28 +220,29 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 
 def shape_config(name: str, base: Path | None) -> dict[str, Any]:
-    from benchmarks.gpu.shapes import config_of
-
     return dict(Checkpoint(base).config) if base else config_of(name).to_dict()
 
 
 def prepare(engine: Engine, name: str, base: Path | None, place: Path) -> None:
     """Make the model that an engine serves, where it is not there yet."""
-    model, began = engine.facts["model"], time.monotonic()
+    engine.model = made(engine.facts["model"], name, base, place)
+
+
+def made(model: str, name: str, base: Path | None, place: Path) -> Path:
+    """BF16, or one of PACKINGS, of a shape or of the model in `base`: made in `place` where it is not there yet."""
+    directory, began = place / "models" / model, time.monotonic()
     if base is None:
-        if model == "bf16":
-            random_model(engine.model, name)
-        else:
-            packed_model(engine.model, name, PACKINGS[model])
+        random_model(directory, name) if model == "bf16" else packed_model(directory, name, PACKINGS[model])
     elif model == "bf16":
-        engine.model = base
-    elif not (engine.model / "halfbyte.json").is_file():
-        quantize(str(base), nearest(PACKINGS[model]), engine.model, random_set(base, *TOKENS))
+        return base
+    elif not (directory / "halfbyte.json").is_file():
+        quantize(str(base), nearest(PACKINGS[model]), directory, random_set(base, *TOKENS))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     took = time.monotonic() - began
     if took > 1:
         say(f"{model}: made in {took:.0f} s")
+    return directory
 
 
 def nearest(packing: Packing) -> Any:
@@ -244,41 +252,24 @@ def nearest(packing: Packing) -> Any:
     return recipe_from_mapping({**words, "activations": packing.activations, "indivisible": "smaller"}, "serving.py")
 
 
-def earlier(engines: Sequence[Engine], place: Path, points: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The engines whose every point was timed before, under the same words; their results are taken."""
-    found = set()
-    for engine in engines:
-        there = place / "runs" / engine.name
-        lines = read_lines(there / "result.jsonl")
-        spec = json.loads((there / "spec.json").read_text()) if lines else {}
-        if spec.get("words") != list(engine.words) or spec.get("points") != list(points):
-            continue
-        if any("done" in line for line in lines):
-            engine.status, engine.log = "ok", there / "vllm.log"
-            engine.seconds = {line["point"]: line["seconds"] for line in lines if "point" in line}
-            engine.load_seconds = next(line["ready"] for line in lines if "ready" in line)
-            found.add(engine.name)
-    return found
-
-
 def gathered(
     args: argparse.Namespace,
     engines: Sequence[Engine],
     platform: Platform,
     install: VllmInstall,
     config: Mapping[str, Any],
-    levels: Sequence[int],
 ) -> dict[str, Any]:
     """serving.json: a row for each engine, and the evidence where BF16 and something else were timed."""
-    prompt, answer = map(int, args.tokens.split(","))
+    prompt, answer = args.tokens
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "gpu-serving",
         "platform": platform.name,
         "hardware": card_name(),
         "vllm": install.version,
+        "date": oldest(engines).isoformat(),
         "model": args.model,
-        "levels": list(levels),
+        "levels": args.levels,
         "prompt_tokens": prompt,
         "output_tokens": answer,
         "prefill": {"prompts": PREFILL_PROMPTS, "tokens": args.prefill} if args.prefill else None,
@@ -291,6 +282,12 @@ def gathered(
         if row["weights_gib"] is None and engine.model.is_dir():
             row["weights_gib"] = sum(file.stat().st_size for file in engine.model.glob("*.safetensors")) / GIB
     return {**result, "evidence": evidence(result, config)}
+
+
+def oldest(engines: Sequence[Engine]) -> datetime.date:
+    """The day of the oldest of their timings; today where there are none."""
+    times = [engine.log.stat().st_mtime for engine in engines if engine.seconds and engine.log]
+    return datetime.date.fromtimestamp(min(times, default=time.time()))
 
 
 def holds(platform: Platform, version: str) -> dict[str, str]:
@@ -318,8 +315,8 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         return None
     levels = [n for n in result["levels"] if f"c{n}" in base["seconds"]]
     rows = [row for row in rows if all(f"c{n}" in row["seconds"] for n in levels)]
-    shape = result["model"].removeprefix("random:")
-    named = f"Llama-3.1-{shape.upper()} shape, random packed weights, bf16" if is_random(result["model"]) else shape
+    shape = NAMES.get(result["model"])
+    named = f"{shape} shape, random packed weights, bf16" if shape else result["model"]
     return {
         "schema": 1,
         "kind": "speed",
@@ -328,7 +325,7 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         "hardware": result["hardware"],
         "vllm": result["vllm"],
         **result["holds"],
-        "date": datetime.date.today().isoformat(),
+        "date": result["date"],
         "model": {
             "name": named,
             "parameters": parameters(config),

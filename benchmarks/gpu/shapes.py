@@ -8,8 +8,9 @@ linear at a time, without a BF16 model or a calibration: an 8B one takes seconds
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from halfbyte.files import make_directory, write_json
 from halfbyte.formats import get_format
-from halfbyte.models import family_of
+from halfbyte.models import Checkpoint, family_of
+from halfbyte.models.checkpoint import read_json
 from halfbyte.types import NVFP4_BLOCK, QuantizedLinear, Scheme
 
 SHAPES = {
@@ -28,7 +30,10 @@ SHAPES = {
     "random:8b": (4096, 14336, 32, 32, 8, 128256),
     "random:32b": (5120, 27648, 64, 40, 8, 152064),
 }
-"""hidden, intermediate, blocks, heads, key/value heads, vocabulary; 8b is Llama-3.1-8B's, 32b Qwen2.5-32B's."""
+"""hidden, intermediate, blocks, heads, key/value heads, vocabulary."""
+NAMES = {"random:tiny": "tiny Llama", "random:8b": "Llama-3.1-8B", "random:32b": "Qwen2.5-32B"}
+"""Whose shape it is."""
+SEED = 1000
 INDEX = "model.safetensors.index.json"
 CODES_RMS = {"int4_sym": 4.6, "int4_asym": 4.6, "nvfp4": 2.9}
 """Root mean square of uniform codes' values."""
@@ -50,23 +55,34 @@ def is_random(name: str) -> bool:
     return name in SHAPES
 
 
+def place_of(output: Path, name: str, base: Path | None = None) -> Path:
+    """Where models of that shape, or of that model's weights (`base`), and what was measured of them lie."""
+    return output / (name.replace(":", "-") if base is None else f"{base.name}-{Checkpoint(base).fingerprint()[:12]}")
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_model(directory: Path, name: str, blocks: int | None = None) -> Path:
-    """A Llama of that shape in BF16 (of its first `blocks` blocks), and a tokenizer in which every id is a word."""
-    if not (directory / INDEX).is_file():
-        config = config_of(name, blocks)
-        write_model(directory, config, ((t, random_tensor(t, shape)) for t, shape in shapes_of(config).items()))
+    """A Llama of that shape in BF16 (of its first `blocks` blocks), and a tokenizer in which every id is a word. What
+    is there is kept where it is just that."""
+    config = config_of(name, blocks)
+    made = made_of(name, config)
+    if not is_made(directory, made):
+        shutil.rmtree(directory, ignore_errors=True)
+        write_model(directory, config, ((t, random_tensor(t, shape)) for t, shape in shapes_of(config).items()), made)
     return directory
 
 
 def packed_model(directory: Path, name: str, packing: Packing) -> Path:
-    """The same shape with the blocks' linears packed in 4 bits; lm_head and embeddings in BF16."""
-    if (directory / INDEX).is_file():
-        return directory
+    """The same shape with the blocks' linears packed in 4 bits; lm_head and embeddings in BF16. Kept as `random_model`
+    keeps what is there."""
     config = config_of(name)
+    made = made_of(name, config, packing)
+    if is_made(directory, made):
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
     family, shapes = family_of(config.to_dict()), shapes_of(config)
     form = get_format(packing.format, packing.activations)
     groups = [(index, group) for index in range(family.num_blocks) for group in family.groups_of(index)]
@@ -85,8 +101,20 @@ def packed_model(directory: Path, name: str, packing: Packing) -> Path:
     declared = form.config(schemes, {**fused, family.lm_head: family.lm_head}, producer={"name": "halfbyte"})
     for file, value in form.extra_files(declared).items():
         write_json(make_directory(directory) / file, value)
-    write_model(directory, config, tensors(), quantization_config=declared)
+    write_model(directory, config, tensors(), made, quantization_config=declared)
     return directory
+
+
+def made_of(name: str, config: LlamaConfig, packing: Packing | None = None) -> dict[str, Any]:
+    """What a model is made of: stands in its index, which is written last."""
+    packed = asdict(packing) if packing else None
+    return {"shape": name, "sizes": SHAPES[name], "blocks": config.num_hidden_layers, "seed": SEED, "packing": packed}
+
+
+def is_made(directory: Path, made: Mapping[str, Any]) -> bool:
+    """Whether the model in that directory is whole and made of that."""
+    index = directory / INDEX
+    return index.is_file() and read_json(index).get("metadata") == json.loads(json.dumps(made))
 
 
 def config_of(name: str, blocks: int | None = None) -> LlamaConfig:
@@ -111,8 +139,14 @@ def shapes_of(config: LlamaConfig) -> dict[str, torch.Size]:
         return {k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
 
 
-def write_model(directory: Path, config: LlamaConfig, tensors: Iterator[tuple[str, torch.Tensor]], **more: Any) -> None:
-    """A model directory; the index is written last."""
+def write_model(
+    directory: Path,
+    config: LlamaConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    made: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """A model directory; the index, with what it is made of, is written last."""
     make_directory(directory)
     places: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
@@ -133,7 +167,7 @@ def write_model(directory: Path, config: LlamaConfig, tensors: Iterator[tuple[st
         stated = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         write_json(directory / "config.json", {**stated, **more})
     write_tokenizer(directory, config.vocab_size)
-    write_json(directory / INDEX, {"metadata": {}, "weight_map": places})
+    write_json(directory / INDEX, {"metadata": made, "weight_map": places})
 
 
 def write_tokenizer(directory: Path, vocab: int) -> None:
@@ -144,7 +178,7 @@ def write_tokenizer(directory: Path, vocab: int) -> None:
 
 
 def seeded(name: str) -> torch.Generator:
-    return torch.Generator(device()).manual_seed(len(name) * 1000 + sum(map(ord, name)))
+    return torch.Generator(device()).manual_seed(len(name) * SEED + sum(map(ord, name)))
 
 
 def random_tensor(name: str, shape: torch.Size) -> torch.Tensor:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from benchmarks.gpu import everything, matrix, served, serving
+from benchmarks.gpu import bench, common, everything, matrix, quantize, served, serving, shapes
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import Engine, Work, read_lines, rounds, run_engines
-from benchmarks.gpu.shapes import packed_model
+from benchmarks.gpu.common import Engine, Work, cards, on_card, read_lines, rounds, run_engines
+from benchmarks.gpu.shapes import packed_model, random_model
 from halfbyte.artifact import load_fake_quantized
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.formats import detect_format
 from halfbyte.plan import choose
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
-from halfbyte.serving import VllmInstall, serve_command
+from halfbyte.serving import VllmInstall, bench_memory, serve_command
 from halfbyte.types import Scheme
+from tests.unit.fake_vllm import make_fake
 
 
 def fp4_slowly(x: list[float], input_scale: float) -> list[float]:
@@ -76,6 +84,83 @@ def test_a_packed_random_model_is_whole_and_as_large_as_a_trained_one(tmp_path: 
         assert not (weights[linear] == 0).all(dim=1).any()
 
 
+def test_a_random_model_is_kept_only_where_it_is_the_one_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(place: Path) -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in place.iterdir()}
+
+    base = written(random_model(tmp_path / "base", "random:tiny"))
+    place = shapes.place_of(tmp_path, "m", tmp_path / "base")
+    assert written(random_model(tmp_path / "base", "random:tiny")) == base
+    (tmp_path / "base" / "model-00007.safetensors").touch()
+    cut = written(random_model(tmp_path / "base", "random:tiny", 1))
+    assert all(cut[name] != base[name] for name in cut) and "model-00007.safetensors" not in cut
+    assert shapes.place_of(tmp_path, "m", tmp_path / "base") != place, "other weights under the same name"
+    assert shapes.place_of(tmp_path, "random:8b") != shapes.place_of(tmp_path, "random:32b")
+    packed = written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"]))
+    assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["gptq"])) == packed
+    assert written(packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["awq"])) != packed
+    monkeypatch.setitem(shapes.SHAPES, "random:tiny", (128, 512, 2, 4, 2, 512))
+    directory = packed_model(tmp_path / "packed", "random:tiny", serving.PACKINGS["awq"])
+    assert json.loads((directory / "config.json").read_text())["intermediate_size"] == 512
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "asked", "found"),
+    [
+        (None, 2, None, ["0", "1"]),
+        (None, 0, None, [""]),
+        ("2,3", 2, None, ["2", "3"]),
+        ("2, 3", 2, "1", ["3"]),
+        ("GPU-b,GPU-a", 2, "0", ["5"]),
+        ("GPU-a", 1, None, ["4"]),
+    ],
+)
+def test_gpus_are_those_that_the_user_lets_be_seen(
+    named: str | None, count: int, asked: str | None, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their places among them; NVML knows GPU 4 as GPU-a and GPU 5 as GPU-b."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlDeviceGetCount=lambda: 6,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: {4: "GPU-a", 5: "GPU-b"}.get(handle, "GPU-other"),
+        nvmlDeviceGetIndex=lambda handle: handle,
+    )
+    monkeypatch.setattr(bench_memory, "_nvml", lambda: nvml)
+    assert cards(asked) == found
+    assert on_card(found[0]).get("CUDA_VISIBLE_DEVICES", "") == found[0]
+    assert ("CUDA_DEVICE_ORDER" in on_card(found[0])) == ("GPU" in (named or ""))
+    with pytest.raises(UsageError, match="there is no GPU '7'"):
+        cards("7")
+    monkeypatch.setattr(bench_memory, "_nvml", lambda: None)
+    assert cards() == ([word.strip() for word in named.split(",")] if named else found)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--levels", "a"), "whole numbers above zero"),
+        (("--levels", "4,0"), "whole numbers above zero"),
+        (("--tokens", "128"), "tokens of a prompt, then of an answer"),
+        (("--repeats", "0"), "whole numbers above zero"),
+        (("--repeats", "1,2"), "is not one whole number"),
+    ],
+)
+@pytest.mark.parametrize("script", [serving, matrix])
+def test_a_load_that_cannot_be_is_one_line(
+    script: Any, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.parse(["m", "-o", "out", *words])
+    assert ended.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
 def engine(name: str, gib: float) -> Engine:
     return Engine(name, Path(name), (), gib)
 
@@ -101,7 +186,7 @@ def timed(tmp_path: Path) -> Path:
     """An evidence file as serving.py writes it: NVFP4 is fastest in Humming with 16 bits, in Marlin with FP8."""
     args = serving.parse(["-o", str(tmp_path), "--levels", "1,64", "--configs", *SECONDS])
     platform, config = load_platform("h100"), serving.shape_config("random:8b", None)
-    points, levels = serving.points_of(args)
+    points = serving.points_of(args)
     configs = serving.chosen(serving.configs_of(platform, "0.26.0"), args.configs)
     engines = [
         serving.engine_of(name, *choice, kv, tmp_path, config, points)
@@ -116,7 +201,7 @@ def timed(tmp_path: Path) -> Path:
         kernel = "HummingNvFp4LinearKernel" if "humming" in one.name else "MarlinNvFp4LinearKernel"
         kernel = "MacheteLinearKernel" if one.facts["model"] == "gptq" else kernel
         one.log.write_text(f"Using {kernel} for X GEMM\nModel loading took 5.5 GiB and 2.0 seconds\n")
-    result = serving.gathered(args, engines, platform, install, config, levels)
+    result = serving.gathered(args, engines, platform, install, config)
     assert [row["kernel"] for row in result["rows"][:4]] == ["BF16", "Machete", "Humming", "Marlin"]
     file = tmp_path / "evidence.json"
     file.write_text(json.dumps(result["evidence"]))
@@ -140,12 +225,16 @@ def test_a_row_that_was_cut_short_is_no_evidence() -> None:
     rows += [{**base, "model": "gptq", "kernel": "a", "seconds": {"c1": [0.5, 0.7, 0.5], "c4": [1.0]}}]
     rows += [{**base, "model": "awq", "kernel": "b", "seconds": {"c4": [1.5]}}]
     result = {"rows": rows, "levels": [1, 4, 16], "model": "random:8b", "platform": "h100", "hardware": "", "holds": {}}
+    result["date"] = "2026-01-02"
     result |= {"vllm": "0.26.0", "prompt_tokens": 8, "output_tokens": 8, "prefill": None, "repeats": 3}
     table = serving.evidence(result, serving.shape_config("random:8b", None))
     assert table and [(r["kernel"], r["seconds"]) for r in table["rows"]] == [
         ("BF16", {"1": 1.0, "4": 2.0}),
         ("a", {"1": 0.5, "4": 1.0}),
     ]
+    assert table["model"]["name"].startswith("Llama-3.1-8B shape")
+    other = serving.evidence({**result, "model": "random:32b"}, serving.shape_config("random:32b", None))
+    assert other and other["model"]["name"].startswith("Qwen2.5-32B shape")
 
 
 def artifact(tmp_path: Path) -> Path:
@@ -195,17 +284,128 @@ def test_cells_with_the_same_tensors_share_a_measurement(tmp_path: Path) -> None
     assert matrix.served_as(one) == matrix.served_as(other) != matrix.served_as(third)
 
 
+FIGURES = {"gptq": (1.8, 18.0), "awq": (0.7, 12.1), "nine": (3.7, 20.0), "nvfp4": (0.2, 5.0), "command": (0.5, 4.0)}
+
+
+def quantized(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **figures: Any) -> tuple[int, list[list[str]]]:
+    """quantize.py's exit status and table, where a GPU takes (seconds a block, GiB) or fails (None)."""
+    script = quantize
+    taken = {**FIGURES, **figures}
+
+    def found(run: str) -> Any:
+        facts = dict(zip(("block", "peak_gib"), taken[run] or ()))
+        return {**facts, "hidden_gib": 1.0, "seconds": 19.0} if facts else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {
+        "card_name": lambda: "a GPU",
+        "rate": lambda shape: 1e15,
+        "random_model": lambda place, *_: place,
+        "apart": lambda run: run,
+        "told": found,
+        "command": lambda args: found("command") or {"reason": "it failed"},
+    }.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "-o", str(out), *words])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    rows = json.loads((out / "quantize.json").read_text())
+    table = script.table(rows)
+    return int(ended.value.code or 0), [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[3:8]]
+
+
+def test_quantizing_is_held_against_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, rows = quantized(tmp_path, monkeypatch, awq=(0.7, 11.5), nine=(3.6, 20.0))
+    assert status == 0 and [row[0] for row in rows] == ["gptq", "awq", "nine", "nvfp4", "command"]
+    limits = ["3.5 s a block", "4 s a block, 12 GiB", "2 times gptq", "", "20 s in all"]
+    assert [row[-2] for row in rows] == limits and [row[-1] for row in rows] == ["yes", "yes", "yes", "", "yes"]
+    assert [row[3] == "–" for row in rows] == [False, False, False, True, True], "no data, no floor"
+    assert rows[0][6:9] == ["18.00", "1.00", "17.00"]
+    status, rows = quantized(tmp_path, monkeypatch)
+    assert status == 1 and [row[-1] for row in rows] == ["yes", "NO", "NO", "", "yes"]
+    status, rows = quantized(tmp_path, monkeypatch, "--runs", "nine,nvfp4", nvfp4=None)
+    assert status == 1 and rows[0][-2:] == ["2 times gptq", "–"] and rows[2] == [], rows
+    status, rows = quantized(tmp_path, monkeypatch, "--runs", "nine,gptq", nine=(3.6, 20.0))
+    assert status == 0 and rows[0][-1] == "yes"
+    status, rows = quantized(tmp_path, monkeypatch, "--shape", "random:32b")
+    assert status == 0 and [row[-2:] for row in rows] == [["", ""]] * 5
+
+
+def test_quantizing_takes_a_tiny_shape_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [quantize.__file__, "--dry", "-o", str(tmp_path), "--runs", "gptq,nvfp4"])
+    args = quantize.parse()
+    monkeypatch.setattr(quantize, "apart", lambda run: quantize.one(args, run))
+    monkeypatch.setattr(quantize, "told", lambda found: found)
+    with pytest.raises(SystemExit) as ended:
+        quantize.main()
+    assert ended.value.code == 0
+    rows = json.loads((tmp_path / "quantize.json").read_text())["rows"]
+    assert [(row["run"], len(row["blocks"]), row["met"]) for row in rows] == [("gptq", 1, None), ("nvfp4", 1, None)]
+    assert (tmp_path / "random-tiny" / "bf16-2").is_dir()
+    assert quantize.parse(["-o", "o", "--peers"]).peers == ["gptq", "awq"]
+    with pytest.raises(SystemExit):
+        quantize.parse(["-o", "o", "--runs", "gptq,rtn"])
+
+
 def test_steps_share_what_time_is_left() -> None:
-    assert everything.share(450, ["served", "matrix", "serving"]) == 150
+    assert everything.share(450, ["served", "matrix", "serving"]) == 135
     assert everything.share(300, ["serving"]) == 300
 
 
-def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path) -> None:
+def test_every_step_is_called_with_words_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {"served": served, "matrix": matrix, "serving": serving, "bench": bench}
     words = ["smollm2-135m", "--calibration", "cal", "--text", "t.txt", "-o", str(tmp_path), "--gpus", "0,1"]
-    args = everything.parse([*words, "--work", str(tmp_path / "work")])
-    for step, script in (("served", served), ("matrix", matrix), ("serving", serving)):
+    args = everything.parse([*words, "--work", str(tmp_path / "work"), "--vllm", "env"])
+    assert args.steps == ["quantize", "kernels", *scripts]
+    for step, script in scripts.items():
         parsed = script.parse(everything.words_of(step, args, 99.5)[1:])
-        assert (parsed.gpus, parsed.seconds, parsed.output) == ("0,1", 100.0, tmp_path / "work" / step)
+        place = tmp_path / "work" / ("serving" if step == "bench" else step)
+        assert (parsed.gpus, parsed.seconds, parsed.output, parsed.vllm) == ("0,1", 100.0, place, "env")
+    parsed = quantize.parse(everything.words_of("quantize", args, 99.5)[1:])
+    assert (parsed.json, parsed.shape) == (tmp_path / "quantize.json", "random:8b")
+    assert everything.words_of("kernels", args, 99.5)[1:] == ["--json", str(tmp_path / "kernels.json")]
+    dry = everything.parse(["--dry", "-o", str(tmp_path), "--skip", "matrix"])
+    assert dry.steps == ["quantize", "served", "serving", "bench"]
+    assert all(scripts[step].parse(everything.words_of(step, dry, 9)[1:]).dry for step in dry.steps[1:])
+    with pytest.raises(SystemExit):
+        everything.parse(["-o", str(tmp_path)])
+    assert everything.parse(["-o", str(tmp_path), "--steps", "quantize", "kernels"]).model is None
+
+
+def test_a_step_that_fails_or_is_not_begun_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are programs that find what is named from here, and that end with all they started."""
+    script = """import pathlib, subprocess, sys, time
+print(pathlib.Path("text").read_text(), sys.argv[1])
+if sys.argv[1] == "slow":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open('late', 'w')"])
+    time.sleep(60)
+sys.exit(int(sys.argv[1]))"""
+    (tmp_path / "text").write_text("found")
+    (tmp_path / "step.py").write_text(script)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tables.txt").write_text("of another run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(everything, "END_S", 1.0)
+    does = {"served": "0", "matrix": "slow", "serving": "3"}
+    monkeypatch.setattr(everything, "words_of", lambda step, args, seconds: ["step.py", does[step]])
+    monkeypatch.setattr(everything, "UNTIMED", ("matrix",))
+    monkeypatch.setattr(everything, "share", lambda left, steps: 1.5)
+
+    def ended(*steps: str, seconds: str = "300") -> int:
+        words = ["m", "--calibration", "c", "--text", "text", "-o", "out", "--work", "work", "--seconds", seconds]
+        monkeypatch.setattr(sys, "argv", ["everything.py", *words, "--steps", *steps])
+        with pytest.raises(SystemExit) as end:
+            everything.main()
+        return int(end.value.code or 0)
+
+    assert ended("served") == 0 and (tmp_path / "out" / "tables.txt").read_text() == "found 0\n"
+    assert ended("serving", "served") == 3
+    assert (tmp_path / "out" / "tables.txt").read_text() == "found 3\n\nfound 0\n"
+    assert ended("served", seconds="0") == 1
+    assert ended("matrix") > 0
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists()
+    assert everything.worst([0, -9, 3]) == 137
 
 
 STAND_IN = """
@@ -275,18 +475,177 @@ def test_engines_load_together_and_one_that_does_not_is_a_row(tmp_path: Path, en
     assert written[0] == "ok,failed,not run"
 
 
-def test_the_matrix_ranks_by_what_was_timed(
+def test_what_was_timed_is_taken_under_the_same_conditions_alone(
     tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [{"name": f"c{n}", "prompts": n, "input": 4, "output": 3} for n in (1, 2)]
+    work, started = Work(points[:1], 2, 100), []
+    begin = common.start_round
+    monkeypatch.setattr(common, "start_round", lambda *words: started.append(words) or begin(*words))
+
+    def again(work: Work, install: VllmInstall = engine_program, **changes: Any) -> Engine:
+        one = replace(engine("one", 1), **{"weights": "w", **changes})
+        run_engines([one], work, install, tmp_path, [""], gib=10, abreast=1)
+        assert one.status == "ok" and list(one.seconds) == [p["name"] for p in work.points]
+        return one
+
+    timed = again(work)
+    kept = again(work)
+    assert len(started) == 1 and (kept.seconds, kept.load_seconds) == (timed.seconds, timed.load_seconds)
+    assert kept.result()["kernels"] == ["FakeLinearKernel"]
+    assert again(replace(work, points=points)).seconds["c1"] == timed.seconds["c1"], "c2 alone is new"
+    assert len(started) == 2
+    again(replace(work, repeats=3))
+    again(work, replace(engine_program, version="0.31.0"))
+    again(work, weights="other")
+    again(work, words=("--kv-cache-dtype", "fp8"))
+    again(replace(work, points=[{**points[0], "output": 5}]))
+    assert len(started) == 7
+    monkeypatch.setattr(common, "card_name", lambda: "another GPU")
+    again(work)
+    assert len(started) == 8
+
+
+def test_a_point_that_was_timed_stays_where_the_rest_is_cut_short(tmp_path: Path, engine_program: VllmInstall) -> None:
+    points = [{"name": f"c{n}", "prompts": n, "input": 4, "output": 3} for n in (1, 2)]
+    one, work = engine("one", 1), Work(points[:1], 2, 100)
+    run_engines([one], work, engine_program, tmp_path, [""], gib=10, abreast=1)
+    late = engine("one", 1)
+    with (common.run_place(one, work, engine_program, tmp_path) / "result.jsonl").open("a") as file:
+        file.write('{"point": {"name": "c2"')
+    run_engines([late], replace(work, points=points), engine_program, tmp_path, [""], gib=10, abreast=1, deadline=0.0)
+    assert (late.status, late.seconds) == ("not run", one.seconds) and "time was over" in late.reason
+    run_engines([late], replace(work, points=points), engine_program, tmp_path, [""], gib=10, abreast=1)
+    assert late.status == "ok" and late.seconds["c1"] == one.seconds["c1"] and len(late.seconds["c2"]) == 2
+
+
+@pytest.fixture
+def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once it is called, an engine or a server that is started fails the test."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing is to be started")
+
+    return lambda: [monkeypatch.setattr(*one, never) for one in ((common, "start_round"), (served, "serve"))] and None
+
+
+def test_serving_says_why_there_is_no_evidence(
+    tmp_path: Path,
+    engine_program: VllmInstall,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    time_out: Callable[[], None],
+) -> None:
+    """A run of the tiny shape; what it found stays as it is where it is asked again, with no time left."""
+    monkeypatch.setattr(serving, "find_vllm", lambda named: engine_program)
+    words = ["--dry", "-o", str(tmp_path / "out"), "--configs", "gptq", "bf16"]
+
+    def ended(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["serving.py", *words, *more])
+        with pytest.raises(SystemExit) as end:
+            serving.main()
+        return int(end.value.code or 0)
+
+    assert ended() == 0 and "no evidence" not in capsys.readouterr().err
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    logs = list((tmp_path / "out").glob("random-tiny/runs/*/vllm.log"))
+    os.utime(logs[0], (0, 0))
+    time_out()
+    assert len(logs) == 2 and ended("--seconds", "0") == 0
+    later = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert later == {**evidence, "date": later["date"]} and later["date"].startswith("19"), "old seconds stay old"
+    capsys.readouterr()
+    words[-2:] = ["bf16"]
+    assert ended() == 0 and "no evidence.json" in capsys.readouterr().err.splitlines()[-1]
+    words[-1:] = ["gpu"]
+    assert ended() == 2 and "serving.py: no configuration gpu" in capsys.readouterr().err
+
+
+def test_served_goes_on_where_it_was(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case that failed is served again, one that was served is not, unless vLLM is another."""
+    install, asked = engine_program, []
+    broken = {"gptq-g32"}
+
+    def serve(scene: Any, case: Any, seats: Any) -> dict[str, Any]:
+        asked.append(case.name)
+        if case.name in broken:
+            raise HalfbyteError("no such kernel")
+        return {"ppl_served": 1.0, "tokens": 9, "completion": "", "weight_gib_reported": 1.0, "kernels": []}
+
+    monkeypatch.setattr(served, "serve", serve)
+    monkeypatch.setattr(served, "find_vllm", lambda named: install)
+    words = ["--dry", "--text", "t.txt", "-o", str(tmp_path / "out"), "--cases", "bf16", "gptq-g32"]
+
+    def again() -> dict[str, str]:
+        asked.clear()
+        result = served.run(served.parse(words))
+        assert json.loads((tmp_path / "out" / "served.json").read_text())["rows"] == result["rows"]
+        return {row["name"]: row["status"] for row in result["rows"]}
+
+    assert again() == {"bf16": "served", "gptq-g32": "not served"} and sorted(asked) == ["bf16", "gptq-g32"]
+    assert again() == {"bf16": "served", "gptq-g32": "not served"} and asked == ["gptq-g32"]
+    broken.clear()
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == ["gptq-g32"]
+    broken.update(("bf16", "gptq-g32"))
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == []
+    install = replace(install, version="0.31.0")
+    assert again() == {"bf16": "not served", "gptq-g32": "not served"}
+    install = engine_program
+    assert again() == {"bf16": "served", "gptq-g32": "served"} and asked == []
+
+
+def test_the_matrix_ranks_by_what_was_timed(
+    tmp_path: Path, engine_program: VllmInstall, monkeypatch: pytest.MonkeyPatch, time_out: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(matrix, "find_vllm", lambda named: engine_program)
     report = tmp_path / "report.md"
-    args = matrix.parse(["--dry", "-o", str(tmp_path / "out"), "--report", str(report)])
+    words = ["--dry", "-o", str(tmp_path / "out"), "--report", str(report)]
+    args = matrix.parse(words)
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *words, "--seconds", "0"])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 1, "nothing is timed"
     result, speeds = matrix.run(args)
     assert [cell["status"] for cell in result["cells"]] == ["judged", "judged"]
     for cell in result["cells"]:
         assert cell["tokens_per_second"] == speeds[cell["name"]]["tokens_per_second"] > 0
         assert speeds[cell["name"]]["speedup"]["low"] <= speeds[cell["name"]]["speedup"]["value"]
     assert "| BF16 |" in report.read_text() and "tokens/s at 2" in report.read_text()
+    time_out()
+    assert matrix.run(args)[1] == speeds
+    args.seconds, results = 0.0, tmp_path / "out" / "sweep" / "results"
+    monkeypatch.setattr(matrix, "find_vllm", lambda named: replace(engine_program, version="0.31.0"))
+    result, later = matrix.run(args)
+    assert later == speeds, "what is not measured does not take the place of what was"
+    assert {json.loads(file.read_text())["vllm"] for file in results.glob("*.bench.json")} == {"0.32.0"}
+
+
+def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for vLLM; what was measured stays where there is no time, and is not taken for another load."""
+    vllm = make_fake(tmp_path / "env")
+    monkeypatch.setattr(bench, "configs_of", lambda *_: {"gptq-slow": ("gptq", ("--linear-backend", "slow"))})
+
+    def again(*more: str, **changes: Any) -> dict[str, Any]:
+        words = ["--dry", "-o", str(tmp_path / "out"), "--vllm", str(vllm), "--models", "gptq", *more]
+        args = bench.parse(words)
+        vars(args).update(changes)
+        result = bench.run(args)
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == result["rows"]
+        return result
+
+    result = again()
+    steps = result["rows"][0]["steps"]
+    assert [(step, entry["status"]) for step, entry in steps.items()] == [("bench", "ok"), ("tune", "ok")]
+    lines = bench.table(result)
+    assert lines[3] == "| gptq: BF16 | 100 | 200 |" and lines[4].startswith("| gptq | 170 (1.70x)")
+    assert lines[5].startswith("| gptq: gptq-slow-auto | 85 (0.85x)") and lines[6].startswith("gptq, tune: ")
+    assert again("--seconds", "0")["rows"] == result["rows"]
+    other = again("--seconds", "0", levels=[1, 4])["rows"][0]["steps"]
+    assert other["bench"]["status"] == "not run" and other["tune"]["status"] == "ok"
 
 
 def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:
@@ -295,3 +654,16 @@ def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Pa
     assert decision.recipe.method == "nvfp4" and decision.recipe.activations == "bf16"
     words = " ".join(reason.text for reason in decision.reasons)
     assert "linear-backend" not in words and "kv-cache-dtype fp8 (" not in words
+
+
+def test_a_stopped_bench_ends_what_it_runs(tmp_path: Path) -> None:
+    """A step that is cut short is a row that says so, and keeps what was found before."""
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    entry = bench.planned(words, "bench", tmp_path)
+    over, began = threading.Event(), time.monotonic()
+    threading.Timer(1.0, over.set).start()
+    bench.do(entry, "bench", tmp_path, "", float("inf"), over)
+    assert time.monotonic() - began < 30 and entry["status"] == "failed" and entry["reason"] == "the time was over"
+    entry["reason"] = ""
+    bench.do(entry, "bench", tmp_path, "", float("inf"), over)
+    assert entry["reason"] == "", "nothing is begun"
