@@ -215,7 +215,7 @@ def quantize_process(
     calibration.save(place / "calibration")
     written = recipe.model_dump(mode="json", exclude_none=True)
     (place / "recipe.yaml").write_text(json.dumps(written), encoding="utf-8")
-    command = [sys.executable, "-m", "halfbyte.cli.app", "quantize", str(model), "-r", str(place / "recipe.yaml")]
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(model), "-r", str(place / "recipe.yaml")]
     command += ["--calibration", str(place / "calibration"), "-o", str(place / "artifact"), "--device", device]
     beside = Path(sys.executable).with_name("halfbyte")
     if beside.is_file():

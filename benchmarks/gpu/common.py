@@ -131,7 +131,7 @@ def visible() -> list[str]:
     if named is None:
         return [str(i) for i in range(number)]
     words = [word.strip() for word in named.split(",")][:number]
-    nvml = None if all(word.isdecimal() for word in words) else bench_memory._nvml()
+    nvml = None if all(word.isdecimal() for word in words) else bench_memory.load_nvml()
     if nvml is None:
         return words
     found = [str(nvml.nvmlDeviceGetIndex(handle)) for handle in bench_memory.visible_devices(nvml)]
@@ -453,7 +453,7 @@ def environment() -> dict[str, str]:
 
 def halfbyte_words(*words: str) -> list[str]:
     """This checkout's `halfbyte WORDS`, whatever lies where it is called (with `environment`)."""
-    return [sys.executable, "-P", "-m", "halfbyte.cli.app", *words]
+    return [sys.executable, "-P", "-m", "halfbyte", *words]
 
 
 def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:

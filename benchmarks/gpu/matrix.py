@@ -239,8 +239,8 @@ def report(source: Path, args: argparse.Namespace, speeds: Mapping[str, Any], se
         "```",
         "",
         f"tokens/s: offline generation in vLLM, {args.tokens[0]} tokens in and {args.tokens[1]} out, all sequences "
-        f"started at once, {args.repeats} repeats, KV cache of 16 bits. Cells that vLLM serves alike share a "
-        f"measurement: {', '.join(shared) or 'none of these'}.",
+        f"started at once, medians of {args.repeats} repeats, KV cache of 16 bits. Cells that vLLM serves alike share "
+        f"a measurement: {', '.join(shared) or 'none of these'}.",
         "",
         *table_speeds(speeds),
         "",

@@ -51,6 +51,7 @@ from benchmarks.gpu.shapes import NAMES, Packing, config_of, is_random, packed_m
 from halfbyte import quantize
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
+from halfbyte.evaluate.speed_stats import apart
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.platforms import Platform, load_platform
@@ -338,6 +339,7 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         "output_tokens": result["output_tokens"],
         **({"prefill": result["prefill"]} if result["prefill"] else {}),
         "note": f"offline generation, all sequences started at once, median of {result['repeats']}",
+        "apart": {str(n): max(apart(row["seconds"][f"c{n}"]) for row in rows) for n in levels},
         "rows": [evidence_row(row, levels) for row in rows],
     }
 

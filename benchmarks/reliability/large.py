@@ -174,7 +174,7 @@ def plan(model: Path) -> float:
     """Seconds of `halfbyte plan`, from start to end."""
     started = time.monotonic()
     root = str(Path(__file__).resolve().parents[2])
-    words = [sys.executable, "-m", "halfbyte.cli.app", "plan", str(model), "--on", "h100"]
+    words = [sys.executable, "-m", "halfbyte", "plan", str(model), "--on", "h100"]
     env = {**os.environ, "PYTHONPATH": root}
     ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
     if ended.returncode != 0:

@@ -14,7 +14,8 @@ from halfbyte.artifact.manifest import read_manifest
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
-from halfbyte.evaluate.speed_result import GIB, summary
+from halfbyte.evaluate.speed_result import GIB, RATE, summary
+from halfbyte.evaluate.speed_stats import apart
 from halfbyte.files import make_directory, refused, write_json
 from halfbyte.models import Checkpoint
 from halfbyte.platforms import Platform, SpeedTable
@@ -56,7 +57,10 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "prompt_tokens": request.input_tokens,
         "output_tokens": request.output_tokens,
         "note": f"vllm bench serve, median of {request.repeats}",
-        "apart": {str(level): max(_apart(found, name, level) for name in ran) for level in levels},
+        "apart": {
+            str(level): max(apart([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
+            for level in levels
+        },
         "rows": [_row(found, result, variant, levels, ran[variant.name]) for variant in variants],
     }
     if request.prefill:
@@ -105,14 +109,8 @@ def _rates(found: Measured, variant: str) -> dict[int, float]:
     for level in found.request.concurrency:
         point = summary(found.runs(variant, f"c{level}"), found.request.repeats)
         if point["status"] == OK:
-            rates[level] = point["output_tokens_per_second"]["value"]
+            rates[level] = point[RATE]["value"]
     return rates
-
-
-def _apart(found: Measured, name: str, level: int) -> float:
-    """How far a configuration's repeats lie apart at a concurrency: 0.1 is 10 %."""
-    rates = [run["output_tokens_per_second"] for run in found.runs(name, f"c{level}")]
-    return round(max(rates) / min(rates) - 1, 4)
 
 
 def _row(

@@ -18,7 +18,8 @@ from halfbyte.serving import ServeCommand
 from halfbyte.serving.bench import LATENCIES, OK, PERCENTILES
 
 BENCH, STABLE = "bench.json", "stability.json"
-RATES = ("output_tokens_per_second", "requests_per_second", "total_tokens_per_second")
+RATE = "output_tokens_per_second"
+RATES = (RATE, "requests_per_second", "total_tokens_per_second")
 PROMISE = 1.6
 """The strategy's "+60–100 % tokens/s", its lower end."""
 GIB = 1 << 30

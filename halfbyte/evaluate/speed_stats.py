@@ -39,6 +39,11 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, 
     return {"value": centre, "low": centre * math.exp(-reach), "high": centre * math.exp(reach)}
 
 
+def apart(values: Sequence[float]) -> float:
+    """How far positive figures of the same thing lie apart: 0.1 is 10 %."""
+    return round(max(values) / min(values) - 1, 4)
+
+
 def _error(values: Sequence[float]) -> float:
     """The standard error of the median of the logarithms."""
     return MEDIAN_FACTOR * statistics.stdev(map(math.log, values)) / math.sqrt(len(values))

@@ -17,7 +17,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BenchRequest, Measured, Variant, command_for, measure
-from halfbyte.evaluate.speed_result import portable_command, summary
+from halfbyte.evaluate.speed_result import RATE, portable_command, summary
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
 from halfbyte.platforms.schema import Knob
@@ -29,7 +29,7 @@ TUNE = "tune.json"
 PLACE = "tune"
 """The directory of the runs, below the output."""
 DEFAULT = "default"
-RATE = "output_tokens_per_second"
+
 Words = tuple[str, ...]
 
 

@@ -53,7 +53,7 @@ def reader(accelerator: bool, pid: int) -> Callable[[], int | None]:
     """
     if not accelerator:
         return lambda: tree_bytes(pid)
-    nvml = _nvml()
+    nvml = load_nvml()
     if nvml is None:
         return lambda: None
     return lambda: device_bytes(nvml)
@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
 def device_name() -> str | None:
     """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"), of NVML or else of torch; None where neither
     knows any."""
-    nvml = _nvml()
+    nvml = load_nvml()
     if nvml is not None and (handles := visible_devices(nvml)):
         count, name = len(handles), _text(nvml.nvmlDeviceGetName(handles[0]))
     elif torch.cuda.is_available():  # also what torch calls AMD's
@@ -119,7 +119,8 @@ def device_name() -> str | None:
     return name if count == 1 else f"{count} x {name}"
 
 
-def _nvml() -> Any:
+def load_nvml() -> Any:
+    """NVML, begun; None where it is not there (no NVIDIA GPU, or nvidia-ml-py is not installed)."""
     try:
         import pynvml
     except ImportError:

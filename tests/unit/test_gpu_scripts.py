@@ -132,13 +132,13 @@ def test_gpus_are_those_that_the_user_lets_be_seen(
         nvmlDeviceGetUUID=lambda handle: {4: "GPU-a", 5: "GPU-b"}.get(handle, "GPU-other"),
         nvmlDeviceGetIndex=lambda handle: handle,
     )
-    monkeypatch.setattr(bench_memory, "_nvml", lambda: nvml)
+    monkeypatch.setattr(bench_memory, "load_nvml", lambda: nvml)
     assert cards(asked) == found
     assert on_card(found[0]).get("CUDA_VISIBLE_DEVICES", "") == found[0]
     assert ("CUDA_DEVICE_ORDER" in on_card(found[0])) == ("GPU" in (named or ""))
     with pytest.raises(UsageError, match="there is no GPU '7'"):
         cards("7")
-    monkeypatch.setattr(bench_memory, "_nvml", lambda: None)
+    monkeypatch.setattr(bench_memory, "load_nvml", lambda: None)
     assert cards() == ([word.strip() for word in named.split(",")] if named else found)
 
 
@@ -548,6 +548,10 @@ def test_serving_says_why_there_is_no_evidence(
 
     assert ended() == 0 and "no evidence" not in capsys.readouterr().err
     evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    told = json.loads((tmp_path / "out" / "serving.json").read_text())
+    for level in ("1", "2"):
+        apart = [max(seconds) / min(seconds) - 1 for row in told["rows"] for seconds in [row["seconds"][f"c{level}"]]]
+        assert evidence["apart"][level] == pytest.approx(max(apart), abs=1e-4)
     logs = list((tmp_path / "out").glob("random-tiny/runs/*/vllm.log"))
     os.utime(logs[0], (0, 0))
     time_out()

@@ -428,7 +428,7 @@ def test_memory_is_that_of_all_processes_and_visible_devices(monkeypatch: pytest
         NVMLError = RuntimeError
 
     lost = list[int]()
-    monkeypatch.setattr(bench_memory, "_nvml", Nvml)
+    monkeypatch.setattr(bench_memory, "load_nvml", Nvml)
     for seen, used, name in (
         (None, 201, "2 x NVIDIA H100"),
         ("1", 101, "NVIDIA H100"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,10 @@ def test_too_little_memory(refused: Any, tmp_path: Path, model: Path, calibratio
     run = ["run", model, "--on", "cpu", "-r", "B3", "--text", text, "-o", tmp_path / "run", "--memory", "1MiB"]
     assert "is too little" in refused(1, *run)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "plan", tmp_path / "nowhere"], capture_output=True, text=True
+    )
+    assert told.returncode == 2 and told.stderr.startswith("halfbyte: ") and told.stdout == ""
