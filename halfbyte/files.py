@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -230,6 +230,8 @@ def _hold(directory: Path) -> int:
             directory.mkdir(parents=True, exist_ok=True)
             handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
+            if isinstance(error, (FileExistsError, NotADirectoryError)):
+                raise UsageError(f"{directory} is a file, or lies below one: name a directory") from error
             raise HalfbyteError(f"{directory} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

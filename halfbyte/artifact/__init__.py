@@ -2,7 +2,7 @@
 
 from halfbyte.artifact.card import model_card
 from halfbyte.artifact.check import check_artifact
-from halfbyte.artifact.check_files import MANIFEST
+from halfbyte.artifact.check_files import MANIFEST, refuse_damaged
 from halfbyte.artifact.fake import load_fake_quantized
 from halfbyte.artifact.manifest import read_manifest
 from halfbyte.artifact.writer import ArtifactWriter, work_of
@@ -14,5 +14,6 @@ __all__ = [
     "load_fake_quantized",
     "model_card",
     "read_manifest",
+    "refuse_damaged",
     "work_of",
 ]

@@ -128,6 +128,16 @@ def check_hashes(directory: Path, manifest: Mapping[str, Any], progress: Progres
         progress.advance(1, name)
 
 
+def refuse_damaged(directory: Path, progress: Progress) -> None:
+    """Raise HalfbyteError where a file of the artifact is not what its manifest says. One without a manifest passes."""
+    if not (directory / MANIFEST).is_file():
+        return
+    findings = Findings()
+    check_hashes(directory, read_json(directory / MANIFEST), progress, findings)
+    if found := findings.listed():
+        raise HalfbyteError(f"{directory} is damaged: {found[0]['message']}; halfbyte check {directory} says more")
+
+
 def check_seal(manifest: Mapping[str, Any], findings: Findings) -> dict[str, str]:
     """The manifest against its own seal; returns its tensor digests ({} where an older one has neither)."""
     digests = manifest.get("tensors")

@@ -62,5 +62,7 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     """halfbyte.json of an artifact. Raises UsageError where there is none (no artifact, or not finished)."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise UsageError(f"{directory} holds no {MANIFEST}: it is no halfbyte artifact, or it was not finished")
+        inner = path.parent / "model"
+        meant = f"; did you mean {inner}?" if (inner / MANIFEST).is_file() else ""
+        raise UsageError(f"{directory} holds no {MANIFEST}: it is no halfbyte artifact, or it was not finished{meant}")
     return read_json(path)

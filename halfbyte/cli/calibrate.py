@@ -83,6 +83,7 @@ def calibrate(
         raise UsageError(f"{output} is not empty: choose another -o, or --force")
     if drop_contaminated and allow_contamination:
         raise UsageError("--drop-contaminated and --allow-contamination are two different wishes: give one")
+    where = device_of(device)
     known = load_recipe(recipe) if recipe else None
     options: dict[str, Any] = {"sequences": sequences, "max_tokens": max_tokens, "seed": seed}
     options |= {"languages": language or None, "held_out": held_out or None}
@@ -97,7 +98,7 @@ def calibrate(
                 tokenizer,
                 spec,
                 strategy=strategy.value,
-                writer=lambda: load_model(path, device_of(device)),
+                writer=lambda: load_model(path, where),
                 on_held_out="drop" if drop_contaminated else "allow" if allow_contamination else "refuse",
                 methods=[known.method] if known else [],
                 progress=shown,

@@ -29,12 +29,16 @@ def check(
     """Structure, numbers, hashes; with --serve it really loads in vLLM and is scored over HTTP."""
     from halfbyte.artifact import check_artifact
     from halfbyte.cli.words import check_words
+    from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.files import make_directory, portable, write_json
+    from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
 
     if serve:
         find_vllm(vllm)
     with progress() as shown:
+        if serve and on:
+            measured_here([load_platform(on)], shown)
         result = {**check_artifact(directory, shown), "path": portable(directory)}
         served = _serve(directory, on, text, vllm, output, shown) if serve and result["ok"] else None
     if output:
@@ -42,7 +46,7 @@ def check(
         write_json(output / "check.json", result)
         if served:
             write_json(output / "served.json", served)
-    emit({**result, "served": served}, style, check_words(directory, result, served))
+    emit({**result, "served": served}, style, check_words(directory, result, served, text or (), output))
     if not result["ok"] or (served is not None and not served["passed"]):
         raise typer.Exit(1)
 
@@ -52,12 +56,15 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
 
     from halfbyte.artifact import load_fake_quantized
     from halfbyte.evaluate import compare_served
+    from halfbyte.evaluate.served import refused
     from halfbyte.evaluate.speed_machine import platform_here
     from halfbyte.experiments.quantize import device_of
     from halfbyte.experiments.run import own_windows, windows_of
     from halfbyte.models.library import load_tokenizer
 
     tokenizer, device, on = load_tokenizer(directory), device_of(None), on or platform_here()
+    if said := refused(directory, on, vllm):
+        return said
     if text:
         windows = windows_of(text, tokenizer, 512, None, 20)
     else:
@@ -65,7 +72,10 @@ def _serve(directory, on, text, vllm, output, shown):  # type: ignore[no-untyped
     with tempfile.TemporaryDirectory() as scratch:
         log = (output or Path(scratch)) / "vllm.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, device=device, progress=shown)
+        found = compare_served(directory, windows, platform=on, vllm=vllm, log_path=log, device=device, progress=shown)
+    if not output:
+        found["reason"] = found["reason"].replace("(log: vllm.log)", "(-o DIR keeps vLLM's log)")
+    return found
 
 
 def evaluate(
@@ -126,6 +136,7 @@ def evaluate(
     beyond = asked.Asked.of(locals())
     if beyond.wanted():
         return asked.evaluate_asked(directory, baseline, beyond, output, style)
+    from halfbyte.artifact import refuse_damaged
     from halfbyte.cli.words import eval_words
     from halfbyte.evaluate import write_result
     from halfbyte.experiments.evaluating import choose_windows, measure_fidelity
@@ -136,6 +147,7 @@ def evaluate(
 
     with progress() as shown:
         name = baseline or artifact_baseline(directory)
+        refuse_damaged(directory, shown)
         path = resolve_model(name, shown)
         scored = choose_windows(
             path,
@@ -154,7 +166,8 @@ def evaluate(
     result = fidelity.result(*facts)
     if output:
         write_result(output, fidelity, *facts)
-    emit(result, style, f"{eval_words(result)}\n\nnext: halfbyte serve {directory} --on PLATFORM --print")
+    follow = f"report {directory}" if output else f"serve {directory} --on PLATFORM --print"
+    emit(result, style, f"{eval_words(result)}\n\nnext: halfbyte {follow}")
 
 
 def report(

@@ -66,6 +66,7 @@ def serve(
         value = {"argv": command.argv, "env": command.env, "notes": command.notes}
         emit(value, style, command.shell())
         return
+    Checkpoint(directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
     assert install is not None
     run_in_place(command, install)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,27 @@ def worst_line(manifest: dict[str, Any]) -> str:
     return f"output error: {mean:.2%} on average, worst {errors[worst]:.2%} in {worst}"
 
 
-def check_words(directory: Path, result: dict[str, Any], served: dict[str, Any] | None) -> str:
+def check_words(
+    directory: Path,
+    result: dict[str, Any],
+    served: dict[str, Any] | None,
+    text: Sequence[Path] = (),
+    output: Path | None = None,
+) -> str:
     """What `check` found."""
-    lines = [": ".join(word for word in (f["code"], f["where"], f["message"]) if word) for f in result["findings"]]
+    lines = []
+    for found in result["findings"]:
+        where = "" if found["message"].startswith(found["where"]) else found["where"]
+        lines.append(": ".join(word for word in (found["code"], where, found["message"]) if word))
     verdict = "is sound" if result["ok"] else f"is damaged ({len(lines)} findings)"
     lines.append(f"{directory} {verdict}: {result['tensors']} tensors, {result['bytes'] / MIB:,.0f} MiB")
     if served is not None:
         lines.append(served_line(served))
-    lines.append(f"next: halfbyte eval {directory}" if result["ok"] else "next: quantize again with --force")
+    if not result["ok"]:
+        lines.append("next: the command that made it, with --force")
+    elif served is None or served["passed"]:
+        more = "".join(f" --text {file}" for file in text) + (f" -o {output}" if output else "")
+        lines.append(f"next: halfbyte eval {directory}{more}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ class Processes:
     apart = True
 
     def __init__(self, devices: Sequence[str], progress: Progress | None = None):
-        self.devices, self.progress = [_known(device) for device in devices], progress or Quiet()
+        self.devices, self.progress = [known_device(device) for device in devices], progress or Quiet()
         self.count = len(self.devices)
         self.tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self.closing, self.cores = False, 0
@@ -96,12 +96,15 @@ class Processes:
         raise HalfbyteError(f"{label}: its worker on {self.devices[seat]} died {ATTEMPTS} times: is memory short?")
 
 
-def _known(device: str) -> str:
-    """The name of a device that is there. Raises UsageError for another."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from None
+def known_device(device: str) -> str:
+    """The name of a device ("cpu", "cuda", "cuda:1") that is there. Raises UsageError for another."""
+    kind, colon, number = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
+        raise UsageError(f"device {device!r} is unknown: write cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= count:
+        there = f"its GPUs are cuda:0 to cuda:{count - 1}" if count else "torch sees no GPU, use cpu"
+        raise UsageError(f"device {device!r} is not there: {there}")
     return device
 
 

@@ -71,6 +71,18 @@ def compare_served(
     return judge({**blank, **found, "command": _placeless(found["command"], directory)}, reference["perplexity"])
 
 
+def refused(directory: Path, platform: str, vllm: str | None) -> dict[str, Any] | None:
+    """The content of served.json where the platform cannot load the artifact, before anything is scored; else None."""
+    from halfbyte.serving import find_vllm, serve_command
+
+    install = find_vllm(vllm)
+    try:
+        serve_command(directory, format_of(directory), platform, vllm_version=install.version)
+    except UsageError as error:
+        return {**_blank(directory), "reason": str(error), "vllm": install.version}
+    return None
+
+
 def _placeless(command: Sequence[str], directory: Path) -> list[str]:
     """A command with vLLM and the artifact by their last names; the version says which vLLM it was."""
     names = {str(directory): portable(directory)}

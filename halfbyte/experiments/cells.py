@@ -17,7 +17,7 @@ from halfbyte.experiments.matrix import Matrix, MatrixCell
 from halfbyte.models import Checkpoint, Family
 from halfbyte.plan import inventory
 from halfbyte.plan.decision import hindrance, title
-from halfbyte.plan.layers import LinearPlan, quantized
+from halfbyte.plan.layers import LinearPlan, group_notices, numbers, quantized
 from halfbyte.platforms import Platform
 from halfbyte.recipe import Recipe
 from halfbyte.types import NVFP4_BLOCK, Scheme
@@ -77,7 +77,7 @@ def _resolve(given: MatrixCell, checkpoint: Checkpoint, platforms: Sequence[Plat
     cell.plans = [linear.plan for linear in linears]
     cell.schemes = quantized(cell.plans)
     cell.facts = describe(given.recipe, linears, checkpoint)
-    cell.notices = [*_group_notices(given.recipe, cell.plans), *_format_notices(given.recipe, cell.schemes)]
+    cell.notices = [*group_notices(given.recipe, cell.plans), *_format_notices(given.recipe, cell.schemes)]
     hindrances = {platform.name: hindrance(given.recipe, platform) for platform in platforms}
     cell.facts["platforms"] = hindrances
     cell.notices += [f"not portable: {reason}" for reason in hindrances.values() if reason]
@@ -103,33 +103,11 @@ def describe(recipe: Recipe, linears: Sequence[inventory.Footprint], checkpoint:
     }
 
 
-def _group_notices(recipe: Recipe, plans: Sequence[LinearPlan]) -> list[str]:
-    """Where the recipe's group size does not divide, and what is done there."""
-    wanted = recipe.group_size
-    instead: dict[str, set[int]] = {}
-    others: dict[int, set[int]] = {}
-    for plan in plans:
-        used = plan.scheme.group_size if plan.scheme else None
-        if wanted == -1 or used == wanted or (used is None and not plan.reason.startswith("group ")):
-            continue
-        if plan.in_features % wanted:
-            instead.setdefault(f"groups of {used}" if used else "BF16", set()).add(plan.in_features)
-        elif used:
-            others.setdefault(used, set()).add(plan.in_features)
-    found = [f"group {wanted} does not divide {_and(odd)} inputs: {what} there" for what, odd in instead.items()]
-    one = "the format has one group size for all"
-    return found + [f"{one}: groups of {used} for {_and(even)} inputs too" for used, even in others.items()]
-
-
-def _and(numbers: set[int]) -> str:
-    return " and ".join(map(str, sorted(numbers)))
-
-
 def _format_notices(recipe: Recipe, schemes: dict[str, Scheme]) -> list[str]:
     shared = {s.group_size for s in schemes.values() if s.grid == "nvfp4" and s.group_size > NVFP4_BLOCK}
     if not shared:
         return []
-    return [f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: no bytes are saved by groups of {_and(shared)}"]
+    return [f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: no bytes are saved by groups of {numbers(shared)}"]
 
 
 def solve_options(recipe: Recipe) -> tuple[Any, ...]:

@@ -73,6 +73,9 @@ def choose_windows(
             raise UsageError("--lengths mixed cuts the text itself: say how much with --tokens")
         return mixed_windows(list(text), tokenizer, tokens=tokens or MIXED_TOKENS, longest=_context(path))
     size = fixed or window
+    limit = Checkpoint(path).config.get("max_position_embeddings")
+    if type(limit) is int and size > limit:
+        raise UsageError(f"windows of {size} tokens are asked for, and the model takes {limit}: use --window {limit}")
     if tokens is not None:
         count = max(1, round(tokens / (stride or size)))
         return text_windows(list(text), tokenizer, window=size, stride=stride, count=count)

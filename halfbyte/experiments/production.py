@@ -18,7 +18,7 @@ from halfbyte.experiments.described import tokenizer_hash
 from halfbyte.experiments.passes import SharedPass, Taker
 from halfbyte.experiments.quantize import cast_notices, manifest_facts, tune
 from halfbyte.models import Checkpoint
-from halfbyte.types import Progress, Quiet
+from halfbyte.types import Progress
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Production:
             assert recipe is not None
             alone = taker.cell.name if recipe.propagate else ""
             groups.setdefault((self.data[taker.cell.name].sha256, recipe.statistics, alone), []).append(taker)
-        cast_notices(self.checkpoint, takers[0].cell.plans, self.progress)
+        for notice in cast_notices(self.checkpoint, takers[0].cell.plans):
+            self.progress.say(notice)
         parts = distinct = solved = 0
         whole = True
         for group in groups.values():
@@ -148,7 +149,7 @@ class Production:
             self.command,
             self._tokenizer,
         )
-        told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans, Quiet())]
+        told = [*cell.notices, *cast_notices(self.checkpoint, cell.plans)]
         alone = self.seconds["statistics"] + sum(cell.seconds.values())
         facts |= {"notices": told, "resumed": not self.measured, "seconds": round(alone, 3)}
         facts |= {"sweep": {"matrix": self.matrix, "cell": cell.name}}

@@ -16,6 +16,7 @@ from halfbyte.artifact import MANIFEST, ArtifactWriter, read_manifest
 from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import BlockResult, Job, Skeleton, Workers, quantize_blocks, work_id
 from halfbyte.engine.loop import HEAD
+from halfbyte.engine.processes import known_device
 from halfbyte.engine.tune import SCHEDULES, train
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.experiments.blocks import BlockStore
@@ -27,7 +28,7 @@ from halfbyte.models import Checkpoint, cache_dir, hub_id, resolve_model
 from halfbyte.models.library import load_model, load_tokenizer
 from halfbyte.models.licence import licence_of
 from halfbyte.models.source import DEMO_LICENCE, DEMO_MODEL
-from halfbyte.plan.layers import LinearPlan, assign, quantized
+from halfbyte.plan.layers import LinearPlan, assign, group_notices, quantized
 from halfbyte.recipe import CalibrationSpec, Recipe, load_recipe
 from halfbyte.types import Progress, Quiet
 
@@ -99,7 +100,9 @@ def quantize(
             if workers:
                 workers.open()
             described.take_if_ready()
-            told = cast_notices(checkpoint, plans, progress)
+            told = [*cast_notices(checkpoint, plans), *group_notices(recipe, plans)]
+            for notice in told:
+                progress.say(notice)
             resumed = any(writer.done(i) for i in range(checkpoint.config["num_hidden_layers"]))
             if blocks and data:
                 blocks.lend(writer, data.sha256)
@@ -145,8 +148,8 @@ def quantize(
 
 
 def device_of(asked: str | None) -> str:
-    """Where to compute: what was asked for, else the GPU where there is one."""
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Where to compute: what was asked for, else the GPU where there is one. Raises UsageError for what is missing."""
+    return known_device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def tune(writer: ArtifactWriter, data: CalibrationSet | None, device: str, progress: Progress) -> None:
@@ -205,15 +208,13 @@ def _model_facts(model: str, path: Path, output: Path, fingerprint: str) -> dict
     return {**named, "sha256": fingerprint} | ({"license": licence} if licence else {})
 
 
-def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan], progress: Progress) -> list[str]:
-    """A notice where linears to be quantized are not stored in BF16; it is said, too."""
+def cast_notices(checkpoint: Checkpoint, plans: list[LinearPlan]) -> list[str]:
+    """A notice where linears to be quantized are not stored in BF16."""
     names = [f"{name}.weight" for name in quantized(plans)]
     others = sorted({checkpoint.tensors[name].dtype for name in names} - {"BF16"})
     if not others:
         return []
-    notice = f"the model is stored in {' and '.join(others)}: its linears are rounded to BF16 first, then quantized"
-    progress.say(notice)
-    return [notice]
+    return [f"the model is stored in {' and '.join(others)}: its linears are rounded to BF16 first, then quantized"]
 
 
 def _job(writer: ArtifactWriter, recipe: Recipe) -> Job:

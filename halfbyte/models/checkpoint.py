@@ -70,14 +70,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if MAX_HEADER < length <= size - 8:
                 raise HalfbyteError(f"{file} has a header of {length >> 20} MiB, more than any model needs: refused")
             if size < 8 or length > size - 8:
-                raise HalfbyteError(f"{file} is truncated or no safetensors file: fetch it again")
+                raise HalfbyteError(f"{file} is truncated or no safetensors file: fetch or make it again")
             header = json.loads(handle.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise HalfbyteError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again") from error
+        raise HalfbyteError(f"{file} has a broken safetensors header: fetch or make it again") from error
     if not isinstance(header, dict):
-        raise HalfbyteError(f"{file} has a broken safetensors header: fetch it again")
+        raise HalfbyteError(f"{file} has a broken safetensors header: fetch or make it again")
     tensors, spans = {}, []
     for name, entry in header.items():
         if name != "__metadata__":
@@ -86,11 +86,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = 0
     for start, stop in sorted(spans):
         if start != end:
-            raise HalfbyteError(f"{file}: tensors overlap or leave a hole at byte {min(start, end):,}: fetch it again")
+            raise HalfbyteError(
+                f"{file}: tensors overlap or leave a hole at byte {min(start, end):,}: fetch or make it again"
+            )
         end = stop
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "longer than its header says"
-        raise HalfbyteError(f"{file} is {state} ({size:,} bytes, header says {8 + length + end:,}): fetch it again")
+        raise HalfbyteError(
+            f"{file} is {state} ({size:,} bytes, header says {8 + length + end:,}): fetch or make it again"
+        )
     return tensors
 
 
@@ -115,7 +119,9 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         if dtype not in _BYTES or stop - start != count * _BYTES[dtype]:
             raise ValueError(dtype)
     except (KeyError, TypeError, ValueError) as error:
-        raise HalfbyteError(f"{file}: the header entry of {name[:80]!r} is malformed: fetch it again") from error
+        raise HalfbyteError(
+            f"{file}: the header entry of {name[:80]!r} is malformed: fetch or make it again"
+        ) from error
     return TensorInfo(name, dtype, shape, stop - start, file), (start, stop)
 
 
@@ -134,7 +140,7 @@ def opened(file: Path) -> Iterator[Any]:
         ) from error
     except (OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HalfbyteError(f"{file} cannot be read ({reason}): fetch it again") from error
+        raise HalfbyteError(f"{file} cannot be read ({reason}): fetch or make it again") from error
 
 
 def refuse_large(path: Path, limit: int = MAX_JSON) -> None:
@@ -167,7 +173,9 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
-            raise UsageError(f"{path} is not a model directory: it has no config.json")
+            inner = self.path / "model"
+            meant = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+            raise UsageError(f"{path} is not a model directory: it has no config.json{meant}")
         self.own(self.path / "config.json")
         self.config = read_json(self.path / "config.json")
         self._refuse_traps()

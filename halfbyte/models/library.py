@@ -13,6 +13,9 @@ from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.experts import unfuse
 from halfbyte.models.family import family_of
 
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
+"""Files of which a tokenizer has one at least."""
+
 
 class Misfit(HalfbyteError):
     """A model's weights are not those that its config.json describes."""
@@ -59,10 +62,13 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises HalfbyteError where there is none."""
     from transformers import AutoTokenizer
 
-    Checkpoint(path).tokenizer_files()
+    files = Checkpoint(path).tokenizer_files()
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files of a stranger may make the library raise anything
+        if not {file.name for file in files} & VOCABULARIES:
+            text = "copy its tokenizer files there (tokenizer.json, tokenizer_config.json)"
+            raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {text}") from error
         reason = (str(error).strip().splitlines() or [""])[0]
         reason = reason if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__} {reason}"
         raise HalfbyteError(f"{path} has no tokenizer that transformers can load: {reason}") from error

@@ -7,6 +7,7 @@ against a pinned SHA-256, dequantized to BF16 and kept in a cache; nothing of th
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -61,13 +62,16 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is one line, not one a retry
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
     patterns += ["README.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HalfbyteError(f"{model} is no local directory, and the hub did not give it: {reason}") from error
+        raise HalfbyteError(
+            f"{model} is no local directory, and the hub did not give it ({reason}): name a directory"
+        ) from error
 
 
 def _demo_model(progress: Progress) -> Path:

@@ -8,6 +8,7 @@ Routers are never quantized.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halfbyte.errors import HalfbyteError, UsageError
@@ -209,6 +210,8 @@ def _head(recipe: Recipe, checkpoint: Checkpoint, family: Family, ignored: _Igno
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     info = checkpoint.tensors.get(f"{name}.weight")
+    if info is None and "quantization_config" in checkpoint.config:
+        raise UsageError(f"{checkpoint.path} is quantized already: name the BF16 model that it was made of")
     if info is None:
         raise HalfbyteError(f"{checkpoint.path} lacks {name}.weight: is the model whole, and in BF16?")
     if info.dtype not in ("BF16", "F16", "F32") or len(info.shape) != 2:
@@ -216,3 +219,26 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
             f"{name}.weight is {info.dtype} {list(info.shape)}: only a model in BF16, F16 or F32 is taken"
         )
     return info.shape[0], info.shape[1]
+
+
+def group_notices(recipe: Recipe, plans: Sequence[LinearPlan]) -> list[str]:
+    """Where the recipe's group size does not divide, and what is done there."""
+    wanted = recipe.group_size
+    instead: dict[str, set[int]] = {}
+    others: dict[int, set[int]] = {}
+    for plan in plans:
+        used = plan.scheme.group_size if plan.scheme else None
+        if wanted == -1 or used == wanted or (used is None and not plan.reason.startswith("group ")):
+            continue
+        if plan.in_features % wanted:
+            instead.setdefault(f"groups of {used}" if used else "BF16", set()).add(plan.in_features)
+        elif used:
+            others.setdefault(used, set()).add(plan.in_features)
+    found = [f"group {wanted} does not divide {numbers(odd)} inputs: {what} there" for what, odd in instead.items()]
+    one = "the format has one group size for all"
+    return found + [f"{one}: groups of {used} for {numbers(even)} inputs too" for used, even in others.items()]
+
+
+def numbers(given: set[int]) -> str:
+    """ "64 and 128"."""
+    return " and ".join(map(str, sorted(given)))

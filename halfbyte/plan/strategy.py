@@ -116,5 +116,5 @@ def _told(found: dict[str, list[int]], guessed: bool) -> str:
     if found["unknown"]:
         parts.append(f"no figure for concurrency {at('unknown')}: bench before you rely on a gain")
     if guessed and len(found["unknown"]) < sum(map(len, found.values())):
-        parts[0] = f"by the roofline {parts[0]}"
+        parts[0] += " (by the roofline)"
     return "; ".join(parts)

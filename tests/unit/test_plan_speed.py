@@ -150,7 +150,7 @@ def test_a_promise_counts_every_concurrency():
     (row,) = promise([{"platform": "x", "served": [gain(1, 1.6), gain(2, 1.59), gain(4, None, None)]}], [1, 2, 4])
     assert (row["holds"], row["fails"], row["unknown"]) == ([1], [2], [4])
     (row,) = promise([{"platform": "x", "served": [gain(1, 2.0, "roofline")]}], [1])
-    assert row["text"].startswith("by the roofline holds")
+    assert row["text"].startswith("holds at concurrency 1 (by the roofline)"), row["text"]
 
 
 def test_mixtures_of_experts_are_planned(of):

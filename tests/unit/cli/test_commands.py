@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import make_tiny
 from tests.unit.artifacts import halfbyte
 from tests.unit.fake_vllm import VERSION, make_fake
 
@@ -126,3 +127,39 @@ def test_report_of_an_artifact_goes_beside_it(
     assert as_json("report", ".") == {kind: str(path) for kind, path in expected.items()}
     assert all(path.is_file() for path in expected.values())
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == before and as_json("check", ".")["ok"]
+
+
+def test_another_group_size_than_the_recipes_is_said(tmp_path: Path, calibration: Path, capsys: Any) -> None:
+    """B1 wants 128 and takes 64 where that does not divide; sweep and plan say so too."""
+    odd = make_tiny("llama", tmp_path / "odd", hidden_size=192, num_attention_heads=4, num_key_value_heads=2)
+    words = ("-r", "B1", "--set", "method=rtn", "--calibration", calibration, "-o", tmp_path / "out")
+    assert halfbyte("quantize", odd, *words) == 0
+    said = "group 128 does not divide 192 inputs: groups of 64 there"
+    assert said in capsys.readouterr().err
+    assert said in json.loads((tmp_path / "out" / "halfbyte.json").read_text())["notices"]
+
+
+def test_each_command_names_the_next_one(made: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
+    text = Path(__file__)
+    results = tmp_path / "results"
+    assert halfbyte("check", made, "--text", text, "-o", results) == 0
+    assert capsys.readouterr().out.endswith(f"next: halfbyte eval {made} --text {text} -o {results}\n")
+    assert halfbyte("check", made) == 0
+    assert capsys.readouterr().out.endswith(f"next: halfbyte eval {made}\n")
+    words = ("eval", made, "--baseline", model, "--text", text, "--window", 16, "--windows", 2)
+    assert halfbyte(*words, "-o", results) == 0
+    assert capsys.readouterr().out.endswith(f"next: halfbyte report {made}\n")
+
+
+def test_check_says_at_once_what_a_platform_cannot_load(
+    tmp_path: Path, model: Path, monkeypatch: Any, as_json: Any, refused: Any
+) -> None:
+    """No text is written, and nothing is started, for what is refused anyway."""
+    out = tmp_path / "nvfp4"
+    assert halfbyte("quantize", model, "-r", "A1", "--set", "rounding=rtn", "--set", "scaling=none", "-o", out) == 0
+    monkeypatch.setattr("halfbyte.experiments.run.own_windows", lambda *_: pytest.fail("it wrote its own text"))
+    vllm = make_fake(tmp_path / "env")
+    served = as_json("check", out, "--serve", "--on", "cpu", "--vllm", vllm, code=1)["served"]
+    assert served["status"] == "not served" and "no CPU kernel for NVFP4" in served["reason"]
+    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda: "AMD Instinct MI325X")
+    assert "is not h100" in refused(1, "check", out, "--serve", "--on", "h100", "--vllm", vllm)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,9 +105,9 @@ def test_an_output_that_cannot_be(refused: Any, tmp_path: Path, model: Path, cal
     assert "is not empty" in refused(2, "calibrate", "-m", model, "-o", used)
     assert "is not empty" in refused(2, "run", model, "--on", "cpu", "-o", used)
     file = used / "mine.txt"
-    assert "cannot be written" in refused(1, "quantize", model, "-r", "B1", "--calibration", calibration, "-o", file)
+    assert "is a file" in refused(2, "quantize", model, "-r", "B1", "--calibration", calibration, "-o", file)
     assert "is a file" in refused(2, "calibrate", "-m", model, "-o", file)
-    assert "cannot be written" in refused(1, "run", model, "--on", "cpu", "-o", file)
+    assert "is a file" in refused(2, "run", model, "--on", "cpu", "-o", file)
     assert [p.name for p in used.iterdir()] == ["mine.txt"] and file.read_text() == "x"
 
 
@@ -216,3 +218,76 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
         [sys.executable, "-m", "halfbyte", "plan", tmp_path / "nowhere"], capture_output=True, text=True
     )
     assert told.returncode == 2 and told.stderr.startswith("halfbyte: ") and told.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["quantize", "run", "sweep", "sensitivity", "eval", "calibrate"])
+def test_a_device_that_is_not_there(
+    command: str, refused: Any, model: Path, made: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out"
+    words: dict[str, tuple[object, ...]] = {
+        "quantize": (model, "-r", "B3", "-o", out),
+        "run": (model, "--on", "cpu", "-o", out),
+        "sweep": (model, "--matrix", "strategy", "--on", "cpu", "-o", out),
+        "sensitivity": (model, "-r", "B3"),
+        "eval": (made, "--text", __file__),
+        "calibrate": ("-m", model, "-o", out, __file__),
+    }
+    for device, says in (("cuda", "is not there: torch sees no GPU, use cpu"), ("tpu", "is unknown: write cpu, cuda")):
+        assert says in refused(2, command, *words[command], "--device", device)
+    assert not out.exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "its GPUs are cuda:0 to cuda:1" in refused(2, command, *words[command], "--device", "cuda:2")
+
+
+def test_paths_of_another_kind(refused: Any, model: Path, made: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made, run / "model")
+    for words in (("serve", run, "--on", "cpu", "--print"), ("eval", run, "--text", __file__)):
+        assert f"did you mean {run / 'model'}?" in refused(2, *words)
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "name a directory" in refused(2, "quantize", model, "-r", "B3", "-o", output)
+    told = refused(2, "quantize", made, "-r", "B3", "--set", "group_size=32", "-o", tmp_path / "out")
+    assert "is quantized already: name the BF16 model" in told
+
+
+def test_a_model_without_a_tokenizer(refused: Any, model: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*")))
+    told = refused(1, "calibrate", "-m", bare, "-o", tmp_path / "out", __file__)
+    assert told.endswith("copy its tokenizer files there (tokenizer.json, tokenizer_config.json)")
+
+
+def test_what_is_damaged_is_neither_evaluated_nor_served(
+    refused: Any, artifact: Path, model: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("halfbyte.experiments.evaluating.measure_fidelity", lambda *_: pytest.fail("it was evaluated"))
+    weights = artifact / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    words = ("eval", artifact, "--baseline", model, "--text", __file__)
+    assert "is damaged: model.safetensors is not what was written" in refused(1, *words)
+    weights.write_bytes(whole[:-7])
+    assert "the manifest says" in refused(1, *words)
+    monkeypatch.setattr("halfbyte.serving.run_in_place", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("halfbyte.serving.find_vllm", lambda _: SimpleNamespace(version="0.32.0"))
+    assert "is truncated" in refused(1, "serve", artifact, "--on", "cpu")
+
+
+def test_windows_beyond_the_models_context(refused: Any, made: Path, model: Path) -> None:
+    told = refused(2, "eval", made, "--baseline", model, "--text", __file__, "--window", 257)
+    assert "windows of 257 tokens are asked for, and the model takes 256: use --window 256" in told
+
+
+def test_a_hub_out_of_reach_is_one_line(refused: Any, monkeypatch: Any) -> None:
+    import huggingface_hub
+
+    def away(*_: Any, **__: Any) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise OSError("no answer")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    assert "the hub did not give it (no answer): name a directory" in refused(1, "plan", "org/name", "--on", "cpu")
