@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import halfbyte.files as files
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import locked, write_atomically, write_json, write_tensors, write_text
 
 
@@ -111,7 +111,7 @@ def test_a_place_that_is_not_there_or_not_writable_is_one_line(tmp_path: Path) -
     with pytest.raises(HalfbyteError, match="cannot be written") as caught:
         write_json(tmp_path / "missing" / "f", {})
     assert "\n" not in str(caught.value)
-    with pytest.raises(HalfbyteError, match="cannot be written"):
+    with pytest.raises(UsageError, match="lies below one: name a directory"):
         with locked(tmp_path / "file" / "d"):
             pass
 

@@ -180,5 +180,5 @@ def test_refusals(model: Path, tmp_path: Path, capsys: Any) -> None:
         assert halfbyte(*words, *more) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="device 'nowhere' is not there"):
+    with pytest.raises(UsageError, match="device 'nowhere' is unknown"):
         Processes(["nowhere"])
