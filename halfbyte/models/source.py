@@ -7,7 +7,6 @@ against a pinned SHA-256, dequantized to BF16 and kept in a cache; nothing of th
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -58,11 +57,18 @@ def resolve_model(model: str, progress: Progress | None = None) -> Path:
     raise UsageError(f"{model or 'the empty name'} is no directory, no hub id (org/name) and not {DEMO_MODEL}")
 
 
+def quiet_hub() -> None:
+    """Let the hub's library say errors alone: a hub out of reach is one line of ours, not two for every retry."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is one line, not one a retry
+    quiet_hub()
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
     patterns += ["README.md", "LICENSE*", "NOTICE*"]
     try:

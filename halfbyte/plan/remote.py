@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from halfbyte.models import Checkpoint, TensorInfo, hub_id
+from halfbyte.models.source import quiet_hub
 
 
 class RemoteCheckpoint(Checkpoint):
@@ -15,6 +16,7 @@ class RemoteCheckpoint(Checkpoint):
     def __init__(self, repo: str):
         from huggingface_hub import hf_hub_download
 
+        quiet_hub()
         self.repo = repo
         super().__init__(Path(hf_hub_download(repo, "config.json")).parent)
 

@@ -286,8 +286,13 @@ def test_a_hub_out_of_reach_is_one_line(refused: Any, monkeypatch: Any) -> None:
     import huggingface_hub
 
     def away(*_: Any, **__: Any) -> None:
-        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        quiet.append(not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
         raise OSError("no answer")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    quiet: list[bool] = []
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "level", logging.WARNING)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, away)
     assert "the hub did not give it (no answer): name a directory" in refused(1, "plan", "org/name", "--on", "cpu")
+    assert quiet == [True, True]
