@@ -129,11 +129,13 @@ def check_hashes(directory: Path, manifest: Mapping[str, Any], progress: Progres
 
 
 def refuse_damaged(directory: Path, progress: Progress) -> None:
-    """Raise HalfbyteError where a file of the artifact is not what its manifest says. One without a manifest passes."""
+    """Raise HalfbyteError where a file that a loader reads is not what the manifest says. A directory without a
+    manifest passes."""
     if not (directory / MANIFEST).is_file():
         return
-    findings = Findings()
-    check_hashes(directory, read_json(directory / MANIFEST), progress, findings)
+    findings, files = Findings(), read_json(directory / MANIFEST).get("files")
+    read = {name: entry for name, entry in files.items() if _is_loaded(name)} if isinstance(files, dict) else files
+    check_hashes(directory, {"files": read}, progress, findings)
     if found := findings.listed():
         raise HalfbyteError(f"{directory} is damaged: {found[0]['message']}; halfbyte check {directory} says more")
 
@@ -157,8 +159,12 @@ def check_foreign(directory: Path, manifest: Mapping[str, Any], findings: Findin
     if not isinstance(listed, dict) or manifest.get("tensors") is None:
         return
     for path in sorted(directory.iterdir()):
-        if path.name not in listed and (path.name in LOADED or path.suffix.lower() in LOADED_SUFFIXES):
+        if path.name not in listed and _is_loaded(path.name):
             findings.add("foreign", path.name, f"{path.name} is not part of the artifact, and a loader may read it")
+
+
+def _is_loaded(name: str) -> bool:
+    return name in LOADED or Path(name).suffix.lower() in LOADED_SUFFIXES
 
 
 def check_recipe(directory: Path, manifest: Mapping[str, Any], findings: Findings) -> None:

@@ -269,6 +269,7 @@ def test_what_is_damaged_is_neither_evaluated_nor_served(
     whole[-1] ^= 1
     weights.write_bytes(whole)
     words = ("eval", artifact, "--baseline", model, "--text", __file__)
+    (artifact / "README.md").write_text("a card of one's own is no damage")
     assert "is damaged: model.safetensors is not what was written" in refused(1, *words)
     weights.write_bytes(whole[:-7])
     assert "the manifest says" in refused(1, *words)
