@@ -346,7 +346,6 @@ def evidence(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 def evidence_row(row: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any]:
     packing = PACKINGS.get(row["model"])
-    flags = {**row["backend"], **({} if row["kv"] == "auto" else {"--kv-cache-dtype": row["kv"]})}
     seconds = row["seconds"]
     return {
         "kernel": row["kernel"] + ("" if row["kv"] == "auto" else f", {row['kv'].upper()} KV cache"),
@@ -354,7 +353,8 @@ def evidence_row(row: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any
         "format": packing.format if packing else "bf16",
         "variants": variants_of(row, packing),
         "group_size": packing.group_size if packing else None,
-        "flags": flags,
+        "flags": row["backend"],
+        "kv_cache": row["kv"],
         "weights_gib": round(row["weights_gib"], 6),
         "seconds": {str(n): round(middle(seconds[f"c{n}"]), 4) for n in levels},
         **({"prefill": round(middle(seconds[PREFILL]), 4)} if PREFILL in seconds else {}),

@@ -13,7 +13,7 @@ import torch
 
 from halfbyte.artifact.check_files import MANIFEST
 from halfbyte.errors import UsageError
-from halfbyte.models.checkpoint import read_json
+from halfbyte.models.checkpoint import meant_inside, read_json
 
 PACKAGES = ("halfbyte", "torch", "transformers", "safetensors", "accelerate", "compressed-tensors")
 
@@ -62,7 +62,6 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     """halfbyte.json of an artifact. Raises UsageError where there is none (no artifact, or not finished)."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        inner = path.parent / "model"
-        meant = f"; did you mean {inner}?" if (inner / MANIFEST).is_file() else ""
+        meant = meant_inside(path.parent, MANIFEST)
         raise UsageError(f"{directory} holds no {MANIFEST}: it is no halfbyte artifact, or it was not finished{meant}")
     return read_json(path)

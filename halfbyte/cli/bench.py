@@ -117,9 +117,9 @@ def bench(
         result, stable = write_bench(output, found)
         left_out = write_evidence(evidence, found, result) if evidence else []
     value: dict[str, Any] = {**result, "stability": stable}
-    follow = f"serve {directory} --on {on} --concurrency {max(levels)}"
-    follow = f"{follow} --evidence {evidence}" if evidence else follow.replace("serve", "tune", 1)
-    emit(value, style, f"{bench_words(output, value, evidence, left_out)}\nnext: halfbyte {follow}")
+    command, more = ("serve", f" --evidence {evidence}") if evidence else ("tune", "")
+    follow = f"next: halfbyte {command} {directory} --on {on} --concurrency {max(levels)}{more}"
+    emit(value, style, f"{bench_words(output, value, evidence, left_out)}\n{follow}")
     if stable is not None and not stable["ok"]:
         raise typer.Exit(3)
     if not any(entry["status"] == "ok" for point in result["points"] for entry in _entries(point)):

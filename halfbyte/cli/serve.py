@@ -39,7 +39,8 @@ def serve(
     from halfbyte.serving import find_vllm, run_in_place, serve_command
 
     known = [*(evidence or []), cache_dir() / "evidence"]
-    size = Model(_parameters(Checkpoint(directory)), _ranks(context.args))
+    checkpoint = Checkpoint(directory)
+    size = Model(_parameters(checkpoint), _ranks(context.args))
     platform = nearest_first(load_platform(on, known), size)
     own = [read_table(path) for path in evidence or [] if path.is_file()]
     seen = [table.vllm for table in own if table.device.casefold() == platform.name.casefold()]
@@ -66,7 +67,7 @@ def serve(
         value = {"argv": command.argv, "env": command.env, "notes": command.notes}
         emit(value, style, command.shell())
         return
-    Checkpoint(directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
+    checkpoint.tensors  # noqa: B018  a missing or truncated shard gets its one line here
     assert install is not None
     run_in_place(command, install)
 

@@ -17,7 +17,8 @@ from halfbyte.experiments.matrix import Matrix, MatrixCell
 from halfbyte.models import Checkpoint, Family
 from halfbyte.plan import inventory
 from halfbyte.plan.decision import hindrance, title
-from halfbyte.plan.layers import LinearPlan, group_notices, numbers, quantized
+from halfbyte.plan.layers import LinearPlan, group_notices, quantized
+from halfbyte.plan.words import joined
 from halfbyte.platforms import Platform
 from halfbyte.recipe import Recipe
 from halfbyte.types import NVFP4_BLOCK, Scheme
@@ -107,7 +108,8 @@ def _format_notices(recipe: Recipe, schemes: dict[str, Scheme]) -> list[str]:
     shared = {s.group_size for s in schemes.values() if s.grid == "nvfp4" and s.group_size > NVFP4_BLOCK}
     if not shared:
         return []
-    return [f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: no bytes are saved by groups of {numbers(shared)}"]
+    groups = joined([*map(str, sorted(shared))])
+    return [f"NVFP4 stores a scale for every {NVFP4_BLOCK} weights: no bytes are saved by groups of {groups}"]
 
 
 def solve_options(recipe: Recipe) -> tuple[Any, ...]:

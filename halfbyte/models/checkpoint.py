@@ -164,6 +164,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def meant_inside(directory: Path, file: str) -> str:
+    """What to add to a refusal where a run's directory was named instead of the artifact in it, which has that file."""
+    inner = directory / "model"
+    return f"; did you mean {inner}?" if (inner / file).is_file() else ""
+
+
 class Checkpoint:
     """A local model directory: config, tensors by name, files. Headers are read once; weights when asked.
 
@@ -173,8 +179,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
-            inner = self.path / "model"
-            meant = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+            meant = meant_inside(self.path, "config.json")
             raise UsageError(f"{path} is not a model directory: it has no config.json{meant}")
         self.own(self.path / "config.json")
         self.config = read_json(self.path / "config.json")

@@ -154,12 +154,12 @@ def nvfp4_for(platforms: Sequence[Platform], levels: Sequence[int], tier: Tier |
     with_inputs = Recipe.model_validate({**keys, "activations": "fp4"})
     for platform in platforms:
         plain, other = mean_speed(weight_only, platform, levels), mean_speed(with_inputs, platform, levels)
-        least = least_gain(with_inputs, platform, levels)
-        if other and (not plain or other > plain * least):
-            return with_inputs
+        if not other:
+            continue
         taken = [[best_speed(recipe, platform, level) for level in levels] for recipe in (weight_only, with_inputs)]
-        if plain and other and taken[0] != taken[1] and other * least >= plain:
-            return with_inputs  # its kernel is the faster one where repeats tell
+        least = least_gain(with_inputs, platform, levels)
+        if not plain or (taken[0] != taken[1] and other * least >= plain):
+            return with_inputs  # with a kernel of its own, which is the faster one where repeats tell
     measured = any(mean_speed(weight_only, platform, levels) for platform in platforms)
     warned = [any(_warnings(recipe, p) for p in platforms) for recipe in (weight_only, with_inputs)]
     return with_inputs if not measured and warned == [True, False] else weight_only

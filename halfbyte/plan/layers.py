@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.models import Checkpoint, Family, family_of
+from halfbyte.plan.words import joined
 from halfbyte.recipe.schema import GROUP_SIZES, Recipe
 from halfbyte.types import LinearGroup, Scheme
 
@@ -234,11 +235,10 @@ def group_notices(recipe: Recipe, plans: Sequence[LinearPlan]) -> list[str]:
             instead.setdefault(f"groups of {used}" if used else "BF16", set()).add(plan.in_features)
         elif used:
             others.setdefault(used, set()).add(plan.in_features)
-    found = [f"group {wanted} does not divide {numbers(odd)} inputs: {what} there" for what, odd in instead.items()]
+
+    def told(widths: set[int]) -> str:
+        return joined([*map(str, sorted(widths))])
+
+    found = [f"group {wanted} does not divide {told(odd)} inputs: {what} there" for what, odd in instead.items()]
     one = "the format has one group size for all"
-    return found + [f"{one}: groups of {used} for {numbers(even)} inputs too" for used, even in others.items()]
-
-
-def numbers(given: set[int]) -> str:
-    """ "64 and 128"."""
-    return " and ".join(map(str, sorted(given)))
+    return found + [f"{one}: groups of {used} for {told(even)} inputs too" for used, even in others.items()]

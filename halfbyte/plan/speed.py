@@ -67,8 +67,7 @@ def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> flo
 def least_gain(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float:
     """The ratio of two speeds at these concurrencies from which they differ: guide.yaml's, or that of repeats."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
-    apart = [table.apart.get(table.nearest(level), 0.0) for level in levels] if table else []
-    return max([guide().margin.ratio, *(1 + share for share in apart)])
+    return max([guide().margin.ratio, *(1 + table.apart_at(level) for level in levels if table)])
 
 
 def half_and_half(context: int) -> tuple[int, int]:

@@ -155,10 +155,14 @@ class SpeedTable(Data):
             kept.setdefault((frozenset(row.flags.items()), row.method, row.group_size, row.variants), row)
         return tuple(row for row in rows if row in kept.values())
 
+    def apart_at(self, concurrency: int) -> float:
+        """How far repeats lay apart at the nearest measured concurrency; 0 where the file does not say."""
+        return self.apart.get(self.nearest(concurrency), 0.0)
+
     def differ(self, row: SpeedRow, other: SpeedRow, at: int) -> bool:
         """Whether two kernels lie further apart at a measured concurrency than the repeats of one."""
         slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
-        return slow > fast * (1 + self.apart.get(at, 0.0))
+        return slow > fast * (1 + self.apart_at(at))
 
     def by_nearness(self, concurrency: int) -> list[int]:
         """The measured concurrencies, the closest one (as a ratio) first."""

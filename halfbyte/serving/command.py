@@ -203,7 +203,7 @@ def _against(table: SpeedTable, best: SpeedRow, other: SpeedRow, at: int, name: 
         return f"{other.seconds[at] / best.seconds[at]:.2f}x that of {name}"
     telling = next((level for level in table.by_nearness(at) if table.differ(best, other, level)), None)
     beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x at {telling}"
-    return f"not told from {name} by repeats {table.apart.get(at, 0):.0%} apart{beyond}"
+    return f"not told from {name} by repeats {table.apart_at(at):.0%} apart{beyond}"
 
 
 def _without_overridden(flags: Flags, extra: Sequence[str]) -> Flags:
