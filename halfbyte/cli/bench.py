@@ -24,10 +24,24 @@ Input = Annotated[int, typer.Option("--input", metavar="N", min=1, help="Tokens 
 Answer = Annotated[int, typer.Option("--output", metavar="N", min=1, help="Tokens of an answer.")]
 Requests = Annotated[
     int | None,
-    typer.Option("--requests", metavar="N", min=1, help="Requests of a run; none: 4 a sequence at once, at least 8."),
+    typer.Option(
+        "--requests",
+        metavar="N",
+        min=1,
+        help="Requests of a run; none: 4 a sequence at once, 8 or more; 2 beyond 256.",
+    ),
 ]
 Repeats = Annotated[
     int, typer.Option("--repeats", metavar="N", min=2, help="Runs of everything, each with prompts of its own.")
+]
+Together = Annotated[
+    int,
+    typer.Option(
+        "--together",
+        metavar="N",
+        min=1,
+        help="Servers loaded at once on a GPU, each with a KV cache of what the load needs; each is measured alone.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=4000, help="Seed of the prompts.")]
 LONG_PROMPT = 2048
@@ -56,7 +70,9 @@ def bench(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            "--config", metavar="CONFIG", help="Another way to serve DIR: 'NAME: --linear-backend marlin'. Repeatable."
+            "--config",
+            metavar="CONFIG",
+            help="Another way to serve DIR, or another model: 'NAME: [OTHER] --linear-backend marlin'. Repeatable.",
         ),
     ] = None,
     stability: Annotated[
@@ -68,6 +84,7 @@ def bench(
     long: Annotated[
         int, typer.Option("--long", metavar="N", min=2, help="Tokens of the long answers of --stability.")
     ] = 512,
+    together: Together = 1,
     evidence: Annotated[
         Path | None,
         typer.Option("--evidence", metavar="FILE", dir_okay=False, help="Write what plan and serve read as evidence."),
@@ -80,10 +97,11 @@ def bench(
 ) -> None:
     """Tokens/s, latencies, memory at each concurrency in real vLLM, 4-bit against BF16. After --: words for vLLM."""
     from halfbyte.cli.bench_words import bench_words
-    from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
+    from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant
     from halfbyte.evaluate.speed_evidence import refuse_evidence, write_evidence
     from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.evaluate.speed_result import write_bench
+    from halfbyte.evaluate.speed_runs import measure
     from halfbyte.evaluate.stability import Watch
     from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
@@ -98,7 +116,8 @@ def bench(
         measured_here([platform], shown)
         reference = None if alone else _baseline(directory, baseline, shown)
         first = [Variant(BASELINE, reference)] if reference else []
-        variants = (*first, Variant(MODEL, directory), *(Variant(name, directory, words) for name, words in configs))
+        others = [Variant(name, other or directory, words) for name, other, words in configs]
+        variants = (*first, Variant(MODEL, directory), *others)
         request = BenchRequest(
             variants,
             platform,
@@ -112,6 +131,7 @@ def bench(
             seed,
             tuple(context.args),
             None if stability is None else Watch(max(levels), stability, long, seed=seed),
+            together=together,
         )
         found = measure(request, output, install, force=force, progress=shown)
         result, stable = write_bench(output, found)
@@ -135,6 +155,7 @@ def tune(
     output_tokens: Answer = 128,
     requests: Requests = None,
     repeats: Repeats = 3,
+    together: Together = 1,
     seed: Seed = 0,
     vllm: Vllm = None,
     into: Into = None,
@@ -164,6 +185,7 @@ def tune(
         0,
         seed,
         tuple(context.args),
+        together=together,
     )
     with progress() as shown:
         measured_here([request.platform], shown)
@@ -198,16 +220,20 @@ def _prefill(asked: int | None, variants: Any) -> int:
     return LONG_PROMPT if limit is None else max(0, min(LONG_PROMPT, limit - ROOM - 1))
 
 
-def _config(text: str) -> tuple[str, tuple[str, ...]]:
-    """("NAME", words for vLLM) of "NAME: --flag value". Raises UsageError."""
+def _config(text: str) -> tuple[str, Path | None, tuple[str, ...]]:
+    """("NAME", another model's directory or None, words for vLLM) of "NAME: [OTHER] [FLAGS]". Raises UsageError."""
+    from halfbyte.models import Checkpoint
+
     name, colon, rest = text.partition(":")
     name = name.strip()
     if not colon or not re.fullmatch(r"[\w.+=-]+", name) or name in ("baseline", "model") or not rest.strip():
         raise UsageError(
-            f"--config {text!r}: write a name of letters and digits (not baseline or model), a colon and flags: "
-            "'marlin: --linear-backend marlin'"
+            f"--config {text!r}: write a name of letters and digits (not baseline or model), a colon, and flags or a "
+            "model's directory: 'marlin: --linear-backend marlin'"
         )
-    return name, tuple(shlex.split(rest))
+    words = shlex.split(rest)
+    other = None if words[0].startswith("-") else Path(words.pop(0))
+    return name, other and Checkpoint(other).path, tuple(words)
 
 
 def _entries(point: dict[str, Any]) -> list[dict[str, Any]]:

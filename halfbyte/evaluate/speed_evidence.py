@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import GIB, RATE, summary
+from halfbyte.evaluate.speed_room import SPACE_FLAG
 from halfbyte.evaluate.speed_stats import apart
 from halfbyte.files import make_directory, refused, write_json
 from halfbyte.models import Checkpoint
@@ -43,6 +44,7 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         raise HalfbyteError("no evidence: BF16 and 4 bits were not both measured at any concurrency (see bench.json)")
     variants = [variant for variant in request.variants if variant.name in ran]
     base = next(variant for variant in variants if variant.name == BASELINE)
+    rows = [_row(found, result, variant, levels, ran[variant.name]) for variant in variants]
     table: dict[str, Any] = {
         "schema": 1,
         "kind": "speed",
@@ -61,7 +63,9 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
             str(level): max(apart([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
             for level in levels
         },
-        "rows": [_row(found, result, variant, levels, ran[variant.name]) for variant in variants],
+        "rows": _told_apart(
+            [_row(found, result, variant, levels, ran[variant.name]) for variant in variants], variants
+        ),
     }
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
@@ -92,15 +96,14 @@ def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> li
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
     """The flags by which a command differs from what vLLM would do by itself: what makes it take that kernel. The KV
     cache does not."""
-    ours, theirs, not_a_kernels = command.flags(), plain.flags(), (*NO_REUSE, KV_FLAG)
+    ours, theirs, not_a_kernels = command.flags(), plain.flags(), (*NO_REUSE, KV_FLAG, SPACE_FLAG)
     return {flag: value for flag, value in ours.items() if theirs.get(flag, "") != value and flag not in not_a_kernels}
 
 
-def plain_command(found: Measured) -> ServeCommand:
-    """The model's command without any evidence: what vLLM does by itself."""
-    model = next(variant for variant in found.request.variants if variant.name == MODEL)
+def plain_command(found: Measured, variant: Variant) -> ServeCommand:
+    """A configuration's command without its own words or any evidence: what vLLM does by itself."""
     platform = found.request.platform.model_copy(update={"speed": ()})
-    return command_for(replace(found.request, platform=platform), model, found.install)
+    return command_for(replace(found.request, platform=platform), replace(variant, words=()), found.install)
 
 
 def _rates(found: Measured, variant: str) -> dict[int, float]:
@@ -117,18 +120,18 @@ def _row(
     found: Measured, result: Mapping[str, Any], variant: Variant, levels: list[int], rates: Mapping[int, float]
 ) -> dict[str, Any]:
     request, name = found.request, variant.name
-    bf16 = name == BASELINE
     declared = declared_variant(variant.directory)
-    form = "bf16" if bf16 else format_of(variant.directory) or "bf16"
+    form = format_of(variant.directory) or "bf16"
+    bf16 = form == "bf16"
     kernel = "BF16" if bf16 else kernel_name(request.platform, form, declared, result["kernels"][name])
     manifest = {} if bf16 else _manifest(variant.directory)
     row: dict[str, Any] = {
-        "kernel": kernel if name in (BASELINE, MODEL) else f"{kernel} ({name})",
+        "kernel": kernel,
         "method": "bf16" if bf16 else str(manifest.get("recipe", {}).get("method", "")),
         "format": form,
         "variants": [declared] if declared else [],
         "group_size": None if bf16 else manifest.get("recipe", {}).get("group_size"),
-        "flags": {} if bf16 else extra_flags(found.commands[name], plain_command(found)),
+        "flags": {} if name == BASELINE else extra_flags(found.commands[name], plain_command(found, variant)),
         "kv_cache": found.commands[name].value(KV_FLAG) or "auto",
         "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
         "seconds": {str(level): level * request.output_tokens / rates[level] for level in levels},
@@ -137,6 +140,19 @@ def _row(
     if whole and whole["status"] == OK:
         row["prefill"] = request.points[PREFILL].requests / whole["requests_per_second"]["value"]
     return row
+
+
+def _told_apart(rows: list[dict[str, Any]], variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """The rows; those of one kernel, method and KV cache with the names of their configurations."""
+
+    def what(row: Mapping[str, Any]) -> list[Any]:
+        return [row[key] for key in ("kernel", "method", "format", "variants", "group_size", "kv_cache")]
+
+    alike = [[what(other) for other in rows].count(what(row)) > 1 for row in rows]
+    for row, variant, many in zip(rows, variants, alike):
+        if many and variant.name not in (BASELINE, MODEL):
+            row["kernel"] += f" ({variant.name})"
+    return rows
 
 
 def kernel_name(platform: Platform, form: str, declared: str | None, logged: list[str]) -> str:

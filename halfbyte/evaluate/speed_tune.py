@@ -16,8 +16,9 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.served import format_of
-from halfbyte.evaluate.speed import BenchRequest, Measured, Variant, command_for, measure
+from halfbyte.evaluate.speed import BenchRequest, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import RATE, portable_command, summary
+from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
 from halfbyte.platforms.schema import Knob

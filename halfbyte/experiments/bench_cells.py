@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Measured, Variant, command_for, measure
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import summary
+from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import make_directory, write_json
 from halfbyte.platforms import load_platform

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.speed import BASELINE, MODEL, ROOM, BenchRequest, Measured, Variant, context_limit, measure
+from halfbyte.evaluate.speed import BASELINE, MODEL, ROOM, BenchRequest, Measured, Variant, context_limit
 from halfbyte.evaluate.speed_machine import measured_here
 from halfbyte.evaluate.speed_result import bench_result, stability_result
+from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.stability import PROMPT_ROOM, Watch
 from halfbyte.serving import find_vllm
 

@@ -65,6 +65,7 @@ class Server:
         self.env = {**command.env, **(env or {})}
         self.progress: Progress = progress or Quiet()
         self.load_seconds = 0.0
+        self._began = 0.0
         self._child: Child | None = None
 
     @property
@@ -97,14 +98,12 @@ class Server:
         return f"killed by the system, as it does when memory runs out; last word: {said}" if killed else said
 
     def __enter__(self) -> Server:
-        began = time.monotonic()
         try:
-            self._start()
-            self._await_health(began + self.timeout)
+            self.begin()
+            self.await_ready()
         except BaseException:
             self.stop()
             raise
-        self.load_seconds = time.monotonic() - began
         return self
 
     def __exit__(
@@ -118,14 +117,21 @@ class Server:
         if child is not None:
             child.stop()
 
-    def _start(self) -> None:
+    def begin(self) -> None:
+        """Start the processes; `await_ready` is to follow, and `stop` in any case."""
         make_room()
+        self._began = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             told = replace(self.command, argv=redacted(self.command.argv))
             log.write(textwrap.indent(told.shell(), HEADER).encode() + b"\n")
             log.flush()
             self._child = Child(self.command.argv, self.env, log, GRACE_S, without=(API_KEY,))
+
+    def await_ready(self) -> None:
+        """Wait for a server that was begun; `load_seconds` is then how long it took."""
+        self._await_health(self._began + self.timeout)
+        self.load_seconds = time.monotonic() - self._began
 
     def _await_health(self, deadline: float) -> None:
         self.progress.start("starting vLLM", len(STAGES) + 1)

@@ -21,8 +21,9 @@ from halfbyte import Recipe, quantize
 from halfbyte.artifact import check_artifact
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import Windows, compare_served, text_windows
-from halfbyte.evaluate.speed import MODEL, BenchRequest, Variant, measure
+from halfbyte.evaluate.speed import MODEL, BenchRequest, Variant
 from halfbyte.evaluate.speed_result import write_bench
+from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.stability import Watch
 from halfbyte.models import Checkpoint, resolve_model
 from halfbyte.models.library import load_tokenizer

@@ -15,9 +15,10 @@ import pytest
 import halfbyte.serving.bench_memory as bench_memory
 from halfbyte.cli.bench_words import tune_words
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, measure
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant
 from halfbyte.evaluate.speed_evidence import kernel_name, write_evidence
 from halfbyte.evaluate.speed_result import bench_result, sentences, stability_result, write_bench
+from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.speed_tune import tune
 from halfbyte.evaluate.stability import Watch
