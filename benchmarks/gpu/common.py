@@ -20,17 +20,18 @@ import torch
 
 from halfbyte.calibration import CalibrationSet
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.speed_result import RATE
+from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, cache_tokens, token_bytes
 from halfbyte.files import make_directory, write_json, write_text
 from halfbyte.models import Checkpoint
 from halfbyte.serving import LogFacts, VllmInstall, bench_memory, parse_log, root_error
+from halfbyte.serving.bench import Load
 from halfbyte.serving.child import Child
 from halfbyte.serving.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = Path(__file__).with_name("offline.py")
 QUIETLY = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-LEAST_TOKENS = 8192
-"""Of a KV cache: a few of its blocks, however large a device makes them."""
 TAIL = 4000
 """Characters of a log that are kept of what failed."""
 GIB = 1 << 30
@@ -162,26 +163,18 @@ def card_gib() -> float:
 
 def engine_words(config: Mapping[str, Any], kv: str, points: Sequence[Mapping[str, Any]]) -> tuple[list[str], float]:
     """(words for vLLM that hold every point's load and no more, so that engines can share a card; GiB of KV cache)."""
-    tokens = max(LEAST_TOKENS, int(1.1 * max(p["prompts"] * (p["input"] + p["output"] + 16) for p in points)))
-    space = kv_bytes(config, kv) * tokens
+    loads = [Load(p["prompts"], p["prompts"], p["input"], p["output"]) for p in points]
+    space = token_bytes(config, kv) * cache_tokens(loads, 0)
     flags = {
         "--dtype": "bfloat16",
         "--kv-cache-dtype": kv,
         "--max-model-len": str(max(p["input"] + p["output"] for p in points) + 16),
         "--max-num-seqs": str(max(p["prompts"] for p in points)),
         "--max-num-batched-tokens": str(STEP_TOKENS),
-        "--kv-cache-memory-bytes": str(space),
-        "--gpu-memory-utilization": "0.02",
+        SPACE_FLAG: str(space),
+        SHARE[0]: SHARE[1],
     }
     return [*(word for pair in flags.items() for word in pair), "--no-enable-prefix-caching"], space / GIB
-
-
-def kv_bytes(config: Mapping[str, Any], kv: str) -> int:
-    """Bytes of one token's keys and values."""
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    held = config.get("num_key_value_heads") or heads
-    return 2 * config["num_hidden_layers"] * held * width * (1 if kv == "fp8" else 2)
 
 
 def python_of(install: VllmInstall) -> str:
@@ -456,9 +449,9 @@ def halfbyte_words(*words: str) -> list[str]:
     return [sys.executable, "-P", "-m", "halfbyte", *words]
 
 
-def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None) -> str:
+def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None, key: str = RATE) -> str:
     """tokens/s of a side of a point, and times BF16; why there is none where it failed."""
-    rate = entry["output_tokens_per_second"]
+    rate = entry[key]
     if rate is None:
         return f"{entry['status']}: {entry['reason'][:60]}"
     return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")

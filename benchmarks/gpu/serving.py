@@ -51,6 +51,7 @@ from benchmarks.gpu.shapes import NAMES, Packing, config_of, is_random, packed_m
 from halfbyte import quantize
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.speed_evidence import kernel_name
+from halfbyte.evaluate.speed_room import BESIDE
 from halfbyte.evaluate.speed_stats import apart
 from halfbyte.files import make_directory, write_json
 from halfbyte.models import Checkpoint, resolve_model
@@ -78,8 +79,6 @@ METHODS = {"bf16": "bf16", "gptq": "gptq", "awq": "awq", "nvfp4": "nvfp4"}
 PREFILL, PREFILL_PROMPTS = "prefill", 16
 TOKENS = 64, 64
 """Sequences and tokens of each that NVFP4's input scales are of."""
-ROOM_GIB = 3.5
-"""What an engine takes beside weights and KV cache: CUDA's context, activations, graphs."""
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -208,7 +207,7 @@ def engine_of(
     weights = parameters(config) * (2 if model == "bf16" else 0.72) / GIB
     facts = {"config": name, "model": model, "kv": kv, "backend": dict(zip(words[::2], words[1::2]))}
     title = name if kv == "auto" else f"{name}-{kv}"
-    size, named = weights + space + ROOM_GIB, f"{place.name} {PACKINGS.get(model)}"
+    size, named = weights + space + BESIDE / GIB, f"{place.name} {PACKINGS.get(model)}"
     return Engine(title, place / "models" / model, (*told, *words), size, facts, weights=named)
 
 

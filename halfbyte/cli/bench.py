@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import Format, emit, progress
-from halfbyte.cli.make import Force, Levels, Style, _levels
+from halfbyte.cli.make import Force, Levels, Style, Together, _levels
 from halfbyte.cli.prove import Artifact
 from halfbyte.errors import UsageError
 
-Where = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="This machine: h100, mi325x, cpu.")]
+Where = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="This machine: h100, h200, mi325x, cpu.")]
 Vllm = Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")]
 Into = Annotated[
     Path | None,
@@ -33,15 +33,6 @@ Requests = Annotated[
 ]
 Repeats = Annotated[
     int, typer.Option("--repeats", metavar="N", min=2, help="Runs of everything, each with prompts of its own.")
-]
-Together = Annotated[
-    int,
-    typer.Option(
-        "--together",
-        metavar="N",
-        min=1,
-        help="Servers loaded at once on a GPU, each with a KV cache of what the load needs; each is measured alone.",
-    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=4000, help="Seed of the prompts.")]
 LONG_PROMPT = 2048

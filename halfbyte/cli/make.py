@@ -16,7 +16,8 @@ from halfbyte.hashing import hash_ahead
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, or smollm2-135m.")]
 On = Annotated[
-    list[str], typer.Option("--on", metavar="PLATFORM", help="Where it will be served: h100, mi325x, cpu. Repeatable.")
+    list[str],
+    typer.Option("--on", metavar="PLATFORM", help="Where it will be served: h100, h200, mi325x, cpu. Repeatable."),
 ]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="A preset's name or a YAML file.")
@@ -40,6 +41,15 @@ Levels = Annotated[
     str | None, typer.Option("--concurrency", metavar="N,N,N", help="Sequences served at once; several: 1,16,64.")
 ]
 Concurrency = Annotated[int | None, typer.Option("--concurrency", metavar="N", min=1, help="Sequences served at once.")]
+Together = Annotated[
+    int,
+    typer.Option(
+        "--together",
+        metavar="N",
+        min=1,
+        help="Servers loaded at once on a GPU, each with a KV cache of what the load needs; each is measured alone.",
+    ),
+]
 Style = Annotated[Format, typer.Option("--format", metavar="STYLE", help="How results are printed: human or json.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; the GPU where there is one.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def serve(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact's (or a BF16 model's) directory.")],
-    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="h100, mi325x, cpu.")],
+    on: Annotated[str, typer.Option("--on", metavar="PLATFORM", help="h100, h200, mi325x, cpu.")],
     only_print: Annotated[bool, typer.Option("--print", help="Print the command, run nothing.")] = False,
     length: Context = None,
     concurrency: Concurrency = None,

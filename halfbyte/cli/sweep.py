@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli.console import MIB, Format, emit, own_command, progress
-from halfbyte.cli.make import Calibration, Device, Force, Memory, Model, On, Output, Resume, Style, Text, memory_limit
+from halfbyte.cli.make import (
+    Calibration,
+    Device,
+    Force,
+    Memory,
+    Model,
+    On,
+    Output,
+    Resume,
+    Style,
+    Text,
+    Together,
+    memory_limit,
+)
 from halfbyte.cli.workers import Ray, RayResources, RayWorkers
 from halfbyte.cli.workers import ray_workers as workers_of
 
@@ -48,6 +61,7 @@ def sweep(
         int | None,
         typer.Option("--bench", metavar="N", min=1, help="Measure tokens/s in real vLLM here, N sequences at once."),
     ] = None,
+    together: Together = 1,
     vllm: Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")] = None,
     device: Device = None,
     ray: Ray = None,
@@ -90,7 +104,7 @@ def sweep(
         )
         result = run()
         if bench and install:
-            _bench(output, model, result, on[0], bench, install, shown)
+            _bench(output, model, result, on[0], bench, install, together, shown)
             result = run(force=False)
     emit(result, style, sweep_words(result, output))
     code = EXIT_CODES[result["verdict"]]
@@ -98,11 +112,14 @@ def sweep(
         raise typer.Exit(code)
 
 
-def _bench(output: Path, model: str, result: dict[str, Any], on: str, level: int, install: Any, shown: Any) -> None:
+def _bench(
+    output: Path, model: str, result: dict[str, Any], on: str, level: int, install: Any, together: int, shown: Any
+) -> None:
     from halfbyte.experiments.bench_cells import bench_cells
     from halfbyte.models import resolve_model
 
-    found = bench_cells(output, result["cells"], resolve_model(model, shown), on, level, install, progress=shown)
+    base = resolve_model(model, shown)
+    found = bench_cells(output, result["cells"], base, on, level, install, progress=shown, together=together)
     for name, row in found.items():
         if row["status"] != "ok":
             shown.say(f"{name}: tokens/s not measured: {row['status']}: {row['reason']}")

@@ -23,6 +23,7 @@ from halfbyte.platforms import Platform, SpeedTable
 from halfbyte.platforms.base import KV_FLAG
 from halfbyte.serving import ServeCommand, declared_variant
 from halfbyte.serving.bench import NO_REUSE, OK
+from halfbyte.types import NVFP4_BLOCK
 
 
 def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -63,9 +64,7 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
             str(level): max(apart([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
             for level in levels
         },
-        "rows": _told_apart(
-            [_row(found, result, variant, levels, ran[variant.name]) for variant in variants], variants
-        ),
+        "rows": _told_apart(rows, variants),
     }
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
@@ -95,9 +94,13 @@ def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> li
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
     """The flags by which a command differs from what vLLM would do by itself: what makes it take that kernel. The KV
-    cache does not."""
-    ours, theirs, not_a_kernels = command.flags(), plain.flags(), (*NO_REUSE, KV_FLAG, SPACE_FLAG)
-    return {flag: value for flag, value in ours.items() if theirs.get(flag, "") != value and flag not in not_a_kernels}
+    cache does not, nor a kernel that is left to vLLM ("auto")."""
+    theirs, not_a_kernels = plain.flags(), (*NO_REUSE, KV_FLAG, SPACE_FLAG)
+    return {
+        flag: value
+        for flag, value in command.flags().items()
+        if theirs.get(flag, "") != value and flag not in not_a_kernels and value != "auto"
+    }
 
 
 def plain_command(found: Measured, variant: Variant) -> ServeCommand:
@@ -124,13 +127,13 @@ def _row(
     form = format_of(variant.directory) or "bf16"
     bf16 = form == "bf16"
     kernel = "BF16" if bf16 else kernel_name(request.platform, form, declared, result["kernels"][name])
-    manifest = {} if bf16 else _manifest(variant.directory)
+    recipe = {} if bf16 else _recipe(variant.directory, form, declared)
     row: dict[str, Any] = {
         "kernel": kernel,
-        "method": "bf16" if bf16 else str(manifest.get("recipe", {}).get("method", "")),
+        "method": "bf16" if bf16 else str(recipe.get("method", "")),
         "format": form,
         "variants": [declared] if declared else [],
-        "group_size": None if bf16 else manifest.get("recipe", {}).get("group_size"),
+        "group_size": recipe.get("group_size"),
         "flags": {} if name == BASELINE else extra_flags(found.commands[name], plain_command(found, variant)),
         "kv_cache": found.commands[name].value(KV_FLAG) or "auto",
         "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
@@ -176,8 +179,12 @@ def _model(base: Variant, name: str) -> dict[str, Any]:
     }
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _recipe(directory: Path, form: str, declared: str | None) -> Mapping[str, Any]:
+    """{method, group_size} of an artifact: by its manifest, else (it is not ours) by what its format says."""
     try:
-        return read_manifest(directory)
+        return dict(read_manifest(directory)["recipe"])
     except HalfbyteError:
-        return {}
+        config = Checkpoint(directory).config.get("quantization_config", {})
+    if "nvfp4" in str(declared).casefold():
+        return {"method": "nvfp4", "group_size": NVFP4_BLOCK}
+    return {"method": form, "group_size": config["group_size"]} if "group_size" in config else {"method": form}

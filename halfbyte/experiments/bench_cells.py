@@ -35,7 +35,7 @@ def bench_cells(
 ) -> dict[str, dict[str, Any]]:
     """Measure BF16 and every cell of `rows` (of sweep.json) that the platform serves; by cell, what was written.
 
-    load   input_tokens, output_tokens, requests, repeats, turns, seed of a BenchRequest
+    load   input_tokens, output_tokens, requests, repeats, turns, seed, together of a BenchRequest
     A cell with the bytes of another has that one's figures. What was measured before is not measured again.
     """
     known = load_platform(platform)

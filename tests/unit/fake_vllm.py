@@ -1,6 +1,7 @@
 """A stand-in for vLLM: an environment whose `vllm serve` logs, starts a child and answers HTTP, or misbehaves.
 
-What it does is set by the variable FAKE: ok | die | hang | flaky | mute | stubborn. Its child, in a session of its own,
+What it does is set by the variable FAKE: ok | die | first | hang | flaky | mute | stubborn (first: a directory's first
+server dies). Its child, in a session of its own,
 ignores SIGTERM in the modes stubborn and hang.
 
 `vllm bench serve` writes a result without sending the load: tokens a second are 100 for each request in flight, 1.7
@@ -49,7 +50,7 @@ def bench(words):
             urllib.request.urlopen(given["--base-url"] + "/v1/completions", asked).read()
         except OSError:
             time.sleep(60)
-    served = open(os.path.join(model, "argv")).read()
+    served = open(os.path.join(model, "argv-" + given["--base-url"].rpartition(":")[2])).read()
     rate = 100.0 * level * (1.7 if quantized(model) else 1) * (1 + 0.001 * (int(given["--seed"]) % 100))
     rate *= 0.5 if "--linear-backend slow" in served else 1.25 if "--linear-backend quick" in served else 1
     done = count - (mode == "refusing")
@@ -77,10 +78,15 @@ with open(os.path.join(directory, "pids"), "w") as handle:
 with open(os.path.join(directory, "argv"), "w") as handle:
     handle.write(" ".join(sys.argv))
 left = tempfile.mkstemp(prefix="vllm_dist_")[1]  # as vLLM leaves its sockets
+with open(os.path.join(directory, f"argv-{{port}}"), "w") as handle:
+    handle.write(" ".join(sys.argv))
 with open(os.path.join(directory, "left"), "w") as handle:
     handle.write(left)
 with open(os.path.join(directory, "starts"), "a") as handle:
     handle.write("start\n")
+if mode == "first" and len(open(os.path.join(directory, "starts")).readlines()) == 1:
+    print("torch.OutOfMemoryError: no room beside others", flush=True)
+    sys.exit(1)
 if mode == "die":
     print("(Worker pid=9) ERROR 11-24 00:48:27 [x.py:1] ValueError: the weights are wrong", flush=True)
     print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)

@@ -28,7 +28,7 @@ from halfbyte.plan import choose
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.recipe.loader import recipe_from_mapping
-from halfbyte.serving import VllmInstall, bench_memory, serve_command
+from halfbyte.serving import VllmInstall, bench_memory, find_vllm, serve_command
 from halfbyte.types import Scheme
 from tests.unit.fake_vllm import make_fake
 
@@ -213,10 +213,29 @@ def test_every_kernel_that_the_platform_names_is_timed() -> None:
     new, old = (serving.configs_of(h100, version) for version in ("0.32.0", "0.26.0"))
     assert new["gptq-marlin"] == ("gptq", ("--linear-backend", "marlin"))
     assert new["nvfp4-marlin"] == ("nvfp4", ("--linear-backend", "marlin")) and old["nvfp4-marlin"] == ("nvfp4", ())
-    assert list(old) == ["bf16", "gptq", "nvfp4-humming", "awq", "nvfp4-marlin"] == list(new)[:5]
+    assert list(old)[:5] == ["bf16", "gptq", "nvfp4-humming", "awq", "nvfp4-marlin"] == list(new)[:5]
+    assert list(old)[5:] == ["gptq-marlin", "awq-marlin"], "vLLM takes Machete by itself there"
     assert list(serving.configs_of(load_platform("cpu"), "0.32.0")) == ["bf16", "gptq", "awq"]
     with pytest.raises(UsageError, match="no configuration gptq-machete"):
         serving.chosen(old, ["gptq-machete"])
+
+
+def test_a_bench_measures_the_first_artifacts_kernels_before_other_caches(tmp_path: Path) -> None:
+    """Each server once, whatever it is called: what no word changes is not measured again."""
+    h200, install = load_platform("h200"), replace(find_vllm(str(make_fake(tmp_path / "env"))), version="0.26.0")
+    models = {name: serving.made(name, "random:tiny", None, tmp_path) for name in ("bf16", "nvfp4", "gptq")}
+    args = bench.parse(["-o", str(tmp_path), "--levels", "1,4"])
+    evidence = load_platform("h100").speed
+    for platform, first in ((h200.model_copy(update={"speed": ()}), "humming"), (load_platform("h100"), "marlin")):
+        assert platform.speed == (evidence if platform.name == "h100" else ())
+        found = bench.configs_by_step(models, args, platform, install)
+        names = {step: [text.partition(":")[0] for text in texts] for step, texts in found.items()}
+        own = [f"nvfp4-{first}-auto", f"nvfp4-{first}-fp8"]
+        own = [*own, "nvfp4-marlin-auto"] if first == "humming" else ["nvfp4-humming-auto", *own]
+        assert list(names) == ["served", "kernels-nvfp4", "caches", "kernels-gptq"]
+        assert names["served"] == ["gptq"] and names["kernels-nvfp4"] == own
+        assert names["caches"] == ["bf16-auto", "gptq-auto"]
+        assert names["kernels-gptq"] == ["gptq-marlin-auto", "gptq-marlin-fp8"]
 
 
 def test_a_row_that_was_cut_short_is_no_evidence() -> None:
@@ -642,14 +661,17 @@ def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
         return result
 
     result = again()
-    steps = result["rows"][0]["steps"]
-    assert [(step, entry["status"]) for step, entry in steps.items()] == [("bench", "ok"), ("tune", "ok")]
+    steps = [(row["name"], step, entry["status"]) for row in result["rows"] for step, entry in row["steps"].items()]
+    assert steps == [("bench", "served", "ok"), ("bench", "kernels-gptq", "ok"), ("gptq", "tune", "ok")]
     lines = bench.table(result)
-    assert lines[3] == "| gptq: BF16 | 100 | 200 |" and lines[4].startswith("| gptq | 170 (1.70x)")
-    assert lines[5].startswith("| gptq: gptq-slow-auto | 85 (0.85x)") and lines[6].startswith("gptq, tune: ")
+    assert lines[1] == "|  | 1 | 2 | prefill |" and lines[3].startswith("| BF16 | 100 | 200 | ")
+    assert lines[4].startswith("| gptq | 170 (1.70x)") and lines[6].startswith("gptq, tune: ")
+    assert lines[5].startswith("| gptq-slow-auto | 85 (0.85x)")
+    table = read_table(tmp_path / "out" / "evidence.json")
+    assert [row.method for row in table.rows] == ["bf16", "gptq", "gptq"] and table.rows[1].group_size == 128
     assert again("--seconds", "0")["rows"] == result["rows"]
-    other = again("--seconds", "0", levels=[1, 4])["rows"][0]["steps"]
-    assert other["bench"]["status"] == "not run" and other["tune"]["status"] == "ok"
+    other = again("--seconds", "0", levels=[1, 4])["rows"]
+    assert [entry["status"] for row in other for entry in row["steps"].values()] == ["not run", "not run", "ok"]
 
 
 def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:

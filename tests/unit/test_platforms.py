@@ -30,7 +30,7 @@ FORMATS = {
 
 
 def test_platforms_are_listed_without_the_facts():
-    assert list_platforms() == ["cpu", "h100", "mi325x"]
+    assert list_platforms() == ["cpu", "h100", "h200", "mi325x"]
 
 
 @pytest.mark.parametrize("name", list_platforms())
@@ -57,9 +57,9 @@ def test_no_flag_has_a_value_that_vllm_refuses(name):
 
 def test_names_in_any_case_and_a_hint_for_a_wrong_one():
     assert load_platform("H100") is load_platform("h100") or load_platform("H100") == load_platform("h100")
-    with pytest.raises(UsageError, match=r"did you mean mi325x\? Known: cpu, h100, mi325x"):
+    with pytest.raises(UsageError, match=r"did you mean mi325x\? Known: cpu, h100, h200, mi325x"):
         load_platform("mi300x")
-    with pytest.raises(UsageError, match="use cpu, h100, mi325x"):
+    with pytest.raises(UsageError, match="use cpu, h100, h200, mi325x"):
         load_platform("quux")
 
 

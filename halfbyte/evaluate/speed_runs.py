@@ -1,0 +1,248 @@
+"""The runs of a bench: servers that start one by one, or several at once, and are loaded alone.
+
+Every run (a configuration, a concurrency, a repeat) is one file below OUTPUT/bench, under a key of all that it depends
+on: command, vLLM, weights, machine, prompts. A run that is there under its key is not done again, so that a killed
+bench goes on where it was, and another concurrency or configuration only adds. What failed is tried again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.speed import (
+    BASELINE,
+    MODEL,
+    PREFILL,
+    RUNS,
+    STABILITY,
+    BenchRequest,
+    Job,
+    Measured,
+    command_for,
+    context_limit,
+)
+from halfbyte.evaluate.speed_machine import hardware
+from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, fitting, free, taken
+from halfbyte.evaluate.stability import observe
+from halfbyte.files import locked, make_directory, write_json
+from halfbyte.models.checkpoint import read_json
+from halfbyte.serving import Server, VllmInstall
+from halfbyte.serving.bench import QUIETLY, Loader, ended, failure, run_load
+from halfbyte.serving.bench_memory import PeakMemory, reader
+from halfbyte.types import Progress, Quiet
+
+
+def measure(
+    request: BenchRequest, output: Path, install: VllmInstall, *, force: bool = False, progress: Progress | None = None
+) -> Measured:
+    """Do all runs that are not there yet. `force`: all of them.
+
+    A server that does not start, runs out of memory or crashes is the result of its runs (status and reason).
+    Raises UsageError for what cannot be asked (a format that the platform does not load, a sequence beyond the model's
+    context, fewer than two repeats), HalfbyteError where `output` cannot be written.
+    """
+    started = time.monotonic()
+    _refuse(request)
+    with locked(output):
+        if force:
+            shutil.rmtree(output / RUNS, ignore_errors=True)
+        commands = {variant.name: command_for(request, variant, install) for variant in request.variants}
+        machine = hardware(request.platform.capabilities.accelerator)
+        found = Measured(request, install, commands, [], machine, output / RUNS)
+        found.notes = list(dict.fromkeys(note for command in commands.values() for note in command.notes))
+        found.jobs = _jobs(found)
+        work = _Work(found, progress or Quiet())
+        for turn in range(request.turns):
+            ordered = request.variants if turn % 2 == 0 else request.variants[::-1]
+            todo = [job for job in found.jobs if job.turn == turn and job.result is None]
+            work.sit([job for variant in ordered for job in todo if job.variant is variant])
+    found.seconds = time.monotonic() - started
+    return found
+
+
+def _refuse(request: BenchRequest) -> None:
+    names = [variant.name for variant in request.variants]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two configurations of one name: {', '.join(names)}")
+    if request.repeats < 2:
+        raise UsageError("one repeat gives no interval: ask for two or more (--repeats)")
+    if not 1 <= request.turns <= request.repeats:
+        raise UsageError(f"{request.turns} turns want as many repeats: ask for --repeats {max(2, request.turns)}")
+    if request.together > 1:
+        ours = [flag for flag in (SPACE_FLAG, SHARE[0]) if any(w.partition("=")[0] == flag for w in _words(request))]
+        if ours:
+            raise UsageError(f"servers that are loaded together get their memory from the load: leave out {ours[0]}")
+    limit = context_limit([variant.directory for variant in request.variants])
+    if limit is not None and request.context > limit:
+        raise UsageError(
+            f"sequences of up to {request.context} tokens are asked for, and the model takes {limit}: "
+            "ask for a smaller --input, --output, --prefill or --long"
+        )
+
+
+def _words(request: BenchRequest) -> list[str]:
+    return [*request.extra, *(word for variant in request.variants for word in variant.words)]
+
+
+def _jobs(found: Measured) -> list[Job]:
+    """Every run, with the result that is there under its key."""
+    request, place, jobs = found.request, found.place, []
+    for variant in request.variants:
+        for point, load in request.points.items():
+            level = 0 if point == PREFILL else load.concurrency
+            for repeat in range(request.repeats):
+                seed = request.seed * 1_000_000 + level * 100 + repeat
+                own = replace(load, seed=seed)
+                file = place / variant.name / f"{point}-r{repeat}.json"
+                jobs.append(Job(variant, point, own, repeat % request.turns, file))
+        if request.watch and variant.name in (BASELINE, MODEL):
+            file = place / variant.name / f"{STABILITY}.json"
+            jobs.append(Job(variant, STABILITY, None, request.turns - 1, file))
+    for job in jobs:
+        command, what = found.commands[job.variant.name], job.load or request.watch
+        parts = [command.argv[3:], command.env, _stamp(job.variant.directory), found.install.version, found.hardware]
+        job.key = hashlib.sha256(json.dumps([parts, asdict(what)], sort_keys=True).encode()).hexdigest()  # type: ignore[arg-type]
+        there = read_json(job.file) if job.file.is_file() else {}
+        if there.get("key") == job.key and there.get("status") == "ok":
+            job.result = there
+    return jobs
+
+
+def _stamp(directory: Path) -> list[Any]:
+    """Names, sizes and times of a model's files: cheap, and another for other weights."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+class _Work:
+    def __init__(self, found: Measured, progress: Progress) -> None:
+        self.found, self.progress = found, progress
+        self.broken: dict[str, dict[str, Any]] = {}
+        self.crowded: set[str] = set()
+        """Servers that did not start beside others: they are tried alone."""
+        self.warm: set[str] = set()
+        """Points that the running server has seen."""
+
+    def sit(self, jobs: Sequence[Job]) -> None:
+        """Do these runs, server by server in their order; a run that ends its server has the others start it again."""
+        left = list(jobs)
+        while left:
+            names = list(dict.fromkeys(job.variant.name for job in left))
+            for name in [name for name in names if name in self.broken]:
+                self._settle([job for job in left if job.variant.name == name], self.broken[name])
+            left = [job for job in left if job.variant.name not in self.broken]
+            batch = self._batch([name for name in names if name not in self.broken])
+            with ExitStack() as stack:
+                loader = stack.enter_context(Loader(self.found.install)) if batch else None
+                servers = self._started(batch, stack)
+                for name, server in servers.items():
+                    mine = [job for job in left if job.variant.name == name]
+                    left = [job for job in left if job.variant.name != name]
+                    left += self._serve(server, cast(Loader, loader), mine)
+                    server.stop()
+
+    def _batch(self, names: Sequence[str]) -> list[str]:
+        """The next servers to load at once."""
+        request, commands = self.found.request, self.found.commands
+        if request.together == 1 or len(names) < 2 or names[0] in self.crowded:
+            return list(names[:1])
+        directories = {variant.name: variant.directory for variant in request.variants}
+        able = [name for name in names if name not in self.crowded]
+        sizes = [taken(commands[name], directories[name]) for name in able]
+        return fitting(able, sizes, free(request.platform), request.together)
+
+    def _started(self, names: Sequence[str], stack: ExitStack) -> dict[str, Server]:
+        """Those of the servers that are ready; why the others are not is kept."""
+        servers: dict[str, Server] = {}
+        for name in names:
+            servers[name] = self._server(name, {server.port for server in servers.values()})
+            stack.callback(servers[name].stop)
+            servers[name].begin()
+        if len(names) > 1:
+            self.progress.say(f"loading {len(names)} servers at once: {', '.join(names)}")
+        for name, server in list(servers.items()):
+            try:
+                server.await_ready()
+            except HalfbyteError as error:
+                server.stop()
+                del servers[name]
+                if len(names) > 1:
+                    self.crowded.add(name)
+                else:
+                    self.broken[name] = {
+                        "status": ended(str(error)),
+                        "reason": str(error).removeprefix("vLLM failed: "),
+                    }
+        return servers
+
+    def _server(self, name: str, ports: Collection[int]) -> Server:
+        """A server with a port that is none of those."""
+        place = make_directory(self.found.place / name)
+        log = place / f"vllm-{len(list(place.glob('vllm-*.log')))}.log"
+        while True:
+            command, install = self.found.commands[name], self.found.install
+            server = Server(command, install, log_path=log, env=QUIETLY, progress=self.progress)
+            if server.port not in ports:
+                return server
+
+    def _serve(self, server: Server, loader: Loader, jobs: list[Job]) -> list[Job]:
+        """Do runs until none is left or the server has ended; returns those left. What failed is not repeated."""
+        shared = self.found.request.together > 1
+        read = reader(self.found.request.platform.capabilities.accelerator, server.pid)
+        self.warm.clear()
+        self.progress.start(f"measuring {jobs[0].variant.name}", len(jobs))
+        with PeakMemory(read) as memory:
+            while jobs:
+                job = jobs.pop(0)
+                result = self._run(server, loader, job)
+                facts = server.facts
+                self._keep(
+                    job,
+                    {
+                        **result,
+                        "load_seconds": round(server.load_seconds, 2),
+                        "peak_device_bytes": None if shared else memory.peak,
+                        "weight_gib": facts.weight_gib,
+                        "kv_cache_tokens": None if shared else facts.kv_cache_tokens,
+                        "kernels": list(facts.kernels),
+                    },
+                )
+                self.progress.advance(1, f"{job.point}: {result['status']}")
+                if result["status"] != "ok":
+                    same = [other for other in jobs if other.point == job.point]
+                    jobs = [other for other in jobs if other.point != job.point]
+                    self._settle(same, {"status": result["status"], "reason": result["reason"]})
+                if not server.running:
+                    break
+        return jobs
+
+    def _run(self, server: Server, loader: Loader, job: Job) -> dict[str, Any]:
+        if job.load is not None:
+            load = replace(job.load, warmups=0 if job.point in self.warm else job.load.concurrency)
+            self.warm.add(job.point)
+            log = job.file.with_suffix(".log")
+            try:
+                return run_load(server, loader, load, job.variant.directory, log)
+            except HalfbyteError as error:
+                return failure(server, error)
+        assert self.found.request.watch is not None
+        watch = self.found.request.watch
+        return observe(server, watch if job.variant.name == MODEL else replace(watch, seconds=0.0))
+
+    def _settle(self, jobs: Sequence[Job], result: dict[str, Any]) -> None:
+        for job in jobs:
+            self._keep(job, result)
+
+    def _keep(self, job: Job, result: dict[str, Any]) -> None:
+        job.result = {"schema": 1, "kind": "bench-run", "key": job.key, "variant": job.variant.name, **result}
+        make_directory(job.file.parent)
+        write_json(job.file, job.result)

@@ -1,0 +1,175 @@
+"""Servers that are loaded at once and measured alone: what each is given of the device, what comes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import halfbyte.evaluate.speed_room as room
+from halfbyte.cli.bench import _config
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, command_for
+from halfbyte.evaluate.speed_evidence import write_evidence
+from halfbyte.evaluate.speed_result import bench_result
+from halfbyte.evaluate.speed_runs import measure
+from halfbyte.evaluate.stability import Watch
+from halfbyte.platforms import load_platform
+from halfbyte.platforms.evidence import read_table
+from halfbyte.serving import find_vllm
+from halfbyte.serving.bench import Load
+from tests.tiny import make_tiny
+from tests.unit.artifacts import edit_json
+from tests.unit.fake_vllm import make_fake
+from tests.unit.test_serving_process import gone
+
+H100 = load_platform("h100")
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Any:
+    return find_vllm(str(make_fake(tmp_path / "env")))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    """A BF16 model, and two whose configs say gptq and awq."""
+    made = {BASELINE: make_tiny("llama", tmp_path / "base")}
+    for method in ("gptq", "awq"):
+        made[method] = Path(shutil.copytree(made[BASELINE], tmp_path / method))
+        stated = {"quant_method": method, "bits": 4, "group_size": 32}
+        edit_json(made[method] / "config.json", lambda tree, stated=stated: tree.update(quantization_config=stated))
+    return made
+
+
+def asked(models: dict[str, Path], **changes: Any) -> BenchRequest:
+    slow = ("--linear-backend", "slow")
+    variants = (
+        Variant(BASELINE, models[BASELINE]),
+        Variant(MODEL, models["gptq"]),
+        Variant("slow", models["gptq"], slow),
+        Variant("awq", models["awq"]),
+        Variant("bf16-auto", models[BASELINE], ("--kv-cache-dtype", "auto")),
+    )
+    given = {"requests": 4, "repeats": 2, "input_tokens": 8, "output_tokens": 4, "together": 3, **changes}
+    return BenchRequest(variants, H100, (1, 4), **given)
+
+
+class Told:
+    """A Progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_room(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((models[BASELINE] / "config.json").read_text())
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width
+    assert room.token_bytes(config, "fp8") == token and room.token_bytes(config, "auto") == 2 * token
+    loads = [Load(256, 512, 128, 128), Load(16, 16, 2048, 1)]
+    assert room.cache_tokens(loads, 100) == 76596, "1.1 times 256 sequences of 272 tokens"
+    assert room.cache_tokens([Load(1, 8, 8, 8)], 100) == 8192 and room.cache_tokens([], 9000) == 9000
+    assert room.fitting("abcd", [3, 3, 3, 3], 7, 4) == ["a", "b"] and room.fitting("abcd", [9, 1], 7, 4) == ["a"]
+    assert room.fitting("abcd", [1, 1, 1, 1], 7, 3) == ["a", "b", "c"]
+    assert room.free(H100) == int(79.6 * (1 << 30)), "no GPU to ask"
+    used = {0: 5, 1: 3}
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=used[handle]),
+    )
+    nvml.NVMLError = RuntimeError
+    monkeypatch.setattr(room, "load_nvml", lambda: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert room.free(H100) == 3
+    assert room.free(load_platform("cpu")) > 1 << 28
+
+
+def test_a_server_that_shares_gets_what_the_load_needs(models: dict[str, Path], install: Any) -> None:
+    request = asked(models)
+    commands = [command_for(request, variant, install) for variant in request.variants]
+    spaces = [int(command.value("--kv-cache-memory-bytes") or 0) for command in commands]
+    assert spaces[-1] == 2 * spaces[0] == 2 * spaces[1] > 0, "FP8, but for the last"
+    assert all(command.value("--gpu-memory-utilization") == "0.02" for command in commands)
+    assert room.taken(commands[0], models[BASELINE]) > spaces[0] + room.BESIDE
+    longer = command_for(replace(request, watch=Watch(4, tokens=9000)), request.variants[0], install)
+    assert int(longer.value("--kv-cache-memory-bytes") or 0) > 4 * 9000 / 8192 * spaces[0]
+    assert (
+        command_for(replace(request, together=1), request.variants[0], install).value("--kv-cache-memory-bytes") is None
+    )
+    with pytest.raises(UsageError, match="leave out --gpu-memory-utilization"):
+        measure(replace(request, extra=("--gpu-memory-utilization=0.5",)), models[BASELINE].parent / "out", install)
+
+
+def test_servers_load_at_once_and_models_stand_side_by_side(
+    models: dict[str, Path], install: Any, tmp_path: Path
+) -> None:
+    told = Told()
+    found = measure(asked(models, prefill=16), tmp_path / "out", install, progress=told)
+    assert told.said == [
+        "loading 3 servers at once: baseline, model, slow",
+        "loading 2 servers at once: awq, bf16-auto",
+    ]
+    result = bench_result(found)
+    for point in result["points"]:
+        gains = {name: round(entry["speedup"]["value"], 3) for name, entry in point["configs"].items()}
+        assert gains == {"slow": 0.85, "awq": 1.7, "bf16-auto": 1.0} and round(point["speedup"]["value"], 3) == 1.7
+    assert {entry["peak_device_bytes"] for entry in result["memory"].values()} == {None}
+    assert {entry["kv_cache_tokens"] for entry in result["memory"].values()} == {None}
+    ports = [(models[name] / "argv").read_text().split()[-1] for name in models]
+    assert len(set(ports)) == 3 and all(gone(models[name]) for name in models)
+    assert write_evidence(tmp_path / "evidence.json", found, result) == []
+    table = read_table(tmp_path / "evidence.json")
+    rows = [(row.method, row.format, row.group_size, row.kv_cache, dict(row.flags)) for row in table.rows]
+    assert rows == [
+        ("bf16", "bf16", None, "fp8", {}),
+        ("gptq", "gptq", 32, "fp8", {}),
+        ("gptq", "gptq", 32, "fp8", {"--linear-backend": "slow"}),
+        ("awq", "awq", 32, "fp8", {}),
+        ("bf16", "bf16", None, "auto", {}),
+    ]
+    kernels = [row.kernel for row in table.rows]
+    assert kernels[2].endswith(" (slow)") and not any("(" in kernel for kernel in (kernels[0], *kernels[3:]))
+    before = (models["gptq"] / "starts").read_text()
+    again = Told()
+    measure(asked(models, prefill=16), tmp_path / "out", install, progress=again)
+    assert not again.said and (models["gptq"] / "starts").read_text() == before
+
+
+def test_a_server_that_found_no_room_beside_others_is_tried_alone(
+    models: dict[str, Path], install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE", "first")
+    request = asked(models)
+    request = replace(request, variants=request.variants[:2])
+    found = measure(request, tmp_path / "out", install)
+    assert {job.result["status"] for job in found.jobs if job.result} == {"ok"}
+    assert [len((models[name] / "starts").read_text().splitlines()) for name in (BASELINE, "gptq")] == [2, 2]
+    monkeypatch.setenv("FAKE", "die")
+    found = measure(request, tmp_path / "out", install, force=True)
+    assert all("the weights are wrong" in job.result["reason"] for job in found.jobs if job.result) and found.jobs
+
+
+def test_a_config_may_be_another_model(models: dict[str, Path]) -> None:
+    assert _config("a: --x 1") == ("a", None, ("--x", "1"))
+    other = models["awq"]
+    assert _config(f"a: {other} --x 1") == ("a", other, ("--x", "1")) and _config(f"a: {other}") == ("a", other, ())
+    with pytest.raises(HalfbyteError, match="nowhere"):
+        _config(f"a: {other}/nowhere")
+    with pytest.raises(UsageError, match="a model's directory"):
+        _config("a:")
