@@ -62,8 +62,9 @@ from halfbyte.serving.log import read_log
 ORDER = ["nvfp4", "gptq", "awq"]
 LINEAR = "--linear-backend"
 SERVED, CACHES, KERNELS = "served", "caches", "kernels"
-FILES = {"tune": "tune.json"}
-"""What a step leaves; the bench's bench.json."""
+TUNE = "tune"
+LAST_S = 40.0
+"""Before the deadline no run of a bench begins: the last one ends then, and the result is written."""
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plans = [("bench", steps, results)]
     for name in names if args.tune else ():
         own = ["--concurrency", str(args.tune), "--into", str(results / name)]
-        plans.append((name, {"tune": halfbyte_words("tune", str(models[name]), *told, *own)}, results / name))
+        plans.append((name, {TUNE: halfbyte_words("tune", str(models[name]), *told, *own)}, results / name))
     rows = [
         {"name": name, "place": str(at), "steps": {step: planned(words, step, at) for step, words in all_.items()}}
         for name, all_, at in plans
@@ -204,13 +205,17 @@ def planned(words: Sequence[str], step: str, there: Path) -> dict[str, Any]:
 
 
 def do(entry: dict[str, Any], step: str, there: Path, card: str, deadline: float, over: Event) -> None:
-    """Run a step's command on a card until the deadline, or until it is `over`, and take its result file."""
-    if time.monotonic() >= deadline or over.is_set():
+    """Run a step's command on a card until the deadline, or until it is `over`, and take its result file. A bench ends
+    itself before the deadline, and tells what it measured."""
+    left = deadline - time.monotonic()
+    limited = step != TUNE and left < float("inf")
+    if left <= (LAST_S if limited else 0.0) or over.is_set():
         return
     say(f"{there.name}: {step}")
+    words = [*entry["words"], *(["--seconds", f"{left - LAST_S:.0f}"] if limited else [])]
     log = make_directory(there) / f"{step}.log"
     with log.open("wb") as told:
-        child = Child(entry["words"], {**environment(), **on_card(card)}, told, GRACE_S)
+        child = Child(words, {**environment(), **on_card(card)}, told, GRACE_S)
         try:
             while child.poll() is None and time.monotonic() < deadline and not over.wait(POLL_S):
                 pass
@@ -218,9 +223,12 @@ def do(entry: dict[str, Any], step: str, there: Path, card: str, deadline: float
         finally:
             child.stop()
     if code == 0:
-        entry |= {"status": "ok", "reason": "", "result": read_json(there / FILES.get(step, "bench.json"))}
-        kept = {key: entry[key] for key in ("status", "reason", "result")}
-        write_json(there / f"{step}.whole.json", {"words": entry["words"], "entry": kept})
+        result = read_json(there / ("tune.json" if step == TUNE else "bench.json"))
+        stopped = result.get("stopped", "")
+        entry |= {"status": "cut" if stopped else "ok", "reason": stopped, "result": result}
+        if not stopped:
+            kept = {key: entry[key] for key in ("status", "reason", "result")}
+            write_json(there / f"{step}.whole.json", {"words": entry["words"], "entry": kept})
     elif entry["result"] is None:
         last = read_log(log).strip().splitlines()[-1:]
         entry |= {"status": "failed", "reason": "the time was over" if code is None else " ".join(last)}
@@ -235,7 +243,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
         for step, entry in row["steps"].items():
             if entry["status"] != "ok":
                 lines.append(f"{row['name']}, {step}: {entry['status']}: {entry['reason']}")
-            elif step == "tune":
+            if step == TUNE and entry["result"]:
                 lines.append(f"{row['name']}, tune: {entry['result']['text']}")
             elif entry["result"]:
                 rows = rows_of(result["artifact"], entry["result"])

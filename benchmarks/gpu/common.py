@@ -453,7 +453,7 @@ def rate_words(entry: Mapping[str, Any], gain: Mapping[str, float] | None, key: 
     """tokens/s of a side of a point, and times BF16; why there is none where it failed."""
     rate = entry[key]
     if rate is None:
-        return f"{entry['status']}: {entry['reason'][:60]}"
+        return f"{entry['status']}: {entry['reason'][:60]}" if entry["reason"] else entry["status"]
     return f"{rate['value']:,.0f}" + (f" ({gain['value']:.2f}x)" if gain else "")
 
 

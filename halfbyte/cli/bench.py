@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from halfbyte.cli.console import Format, emit, progress
 from halfbyte.cli.make import Force, Levels, Style, Together, _levels
 from halfbyte.cli.prove import Artifact
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 
 Where = Annotated[str, typer.Option("--on", metavar="PLATFORM", help="This machine: h100, h200, mi325x, cpu.")]
 Vllm = Annotated[str | None, typer.Option(metavar="PATH", help="vLLM's executable or environment.")]
@@ -76,6 +77,12 @@ def bench(
         int, typer.Option("--long", metavar="N", min=2, help="Tokens of the long answers of --stability.")
     ] = 512,
     together: Together = 1,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds", metavar="S", min=1, help="Begin no run after so long, and tell what was measured until then."
+        ),
+    ] = None,
     evidence: Annotated[
         Path | None,
         typer.Option("--evidence", metavar="FILE", dir_okay=False, help="Write what plan and serve read as evidence."),
@@ -92,7 +99,7 @@ def bench(
     from halfbyte.evaluate.speed_evidence import refuse_evidence, write_evidence
     from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.evaluate.speed_result import write_bench
-    from halfbyte.evaluate.speed_runs import measure
+    from halfbyte.evaluate.speed_runs import INTERRUPTED, measure
     from halfbyte.evaluate.stability import Watch
     from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
@@ -124,16 +131,25 @@ def bench(
             None if stability is None else Watch(max(levels), stability, long, seed=seed),
             together=together,
         )
-        found = measure(request, output, install, force=force, progress=shown)
+        limit = float("inf") if seconds is None else seconds
+        found = measure(request, output, install, force=force, progress=shown, seconds=limit, partial=True)
         result, stable = write_bench(output, found)
-        left_out = write_evidence(evidence, found, result) if evidence else []
+        left_out, problem = [], None
+        try:
+            left_out = write_evidence(evidence, found, result) if evidence else []
+        except HalfbyteError as error:
+            evidence, problem = None, error
     value: dict[str, Any] = {**result, "stability": stable}
     command, more = ("serve", f" --evidence {evidence}") if evidence else ("tune", "")
     follow = f"next: halfbyte {command} {directory} --on {on} --concurrency {max(levels)}{more}"
     emit(value, style, f"{bench_words(output, value, evidence, left_out)}\n{follow}")
+    if found.stopped == INTERRUPTED:
+        raise KeyboardInterrupt
     if stable is not None and not stable["ok"]:
         raise typer.Exit(3)
-    if not any(entry["status"] == "ok" for point in result["points"] for entry in _entries(point)):
+    if problem is not None:
+        raise problem
+    if not any_ok(result):
         raise typer.Exit(1)
 
 
@@ -227,5 +243,8 @@ def _config(text: str) -> tuple[str, Path | None, tuple[str, ...]]:
     return name, other and Checkpoint(other).path, tuple(words)
 
 
-def _entries(point: dict[str, Any]) -> list[dict[str, Any]]:
-    return [point[side] for side in ("baseline", "model") if side in point] + list(point.get("configs", {}).values())
+def any_ok(result: Mapping[str, Any]) -> bool:
+    """Whether a bench measured anything at any concurrency."""
+    sides = [point.get(side) for point in result["points"] for side in ("baseline", "model")]
+    sides += [entry for point in result["points"] for entry in point.get("configs", {}).values()]
+    return any(entry and entry["status"] == "ok" for entry in sides)

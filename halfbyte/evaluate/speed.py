@@ -111,7 +111,8 @@ class Job:
 
 @dataclass
 class Measured:
-    """All runs, and what they were measured with. `place`: the directory of single runs and vLLM's logs."""
+    """All runs, and what they were measured with. `place`: the directory of single runs and vLLM's logs; `stopped`: why
+    not all were done, or empty."""
 
     request: BenchRequest
     install: VllmInstall
@@ -120,6 +121,7 @@ class Measured:
     hardware: str
     place: Path
     seconds: float = 0.0
+    stopped: str = ""
     notes: list[str] = field(default_factory=list)
 
     def runs(self, variant: str, point: str) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ from halfbyte.types import NVFP4_BLOCK
 def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(the table, what was left out of it and why).
 
-    A level is taken where BF16 and every configuration that ran at all were measured; `seconds` are those that
+    A level is taken where BF16 and every configuration that ran at all were measured (of a bench that was stopped,
+    every one that was done); `seconds` are those that
     `concurrency` sequences take at the measured rate. Raises HalfbyteError where there is nothing to compare.
     """
     request = found.request
@@ -39,6 +40,10 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     rates = {v.name: _rates(found, v.name) for v in request.variants}
     left_out = [f"{name}: no point was measured" for name, rate in rates.items() if not rate]
     ran = {name: rate for name, rate in rates.items() if rate}
+    if found.stopped:
+        short = [name for name, rate in ran.items() if set(ran.get(BASELINE, {})) - set(rate)]
+        left_out += [f"{name}: not measured at every concurrency" for name in short]
+        ran = {name: rate for name, rate in ran.items() if name not in short}
     levels = [level for level in request.concurrency if all(level in rate for rate in ran.values())]
     left_out += [f"concurrency {n}: not measured for all" for n in request.concurrency if n not in levels]
     if BASELINE not in ran or len(ran) < 2 or not levels:

@@ -20,6 +20,7 @@ from halfbyte.serving.bench import LATENCIES, OK, PERCENTILES
 BENCH, STABLE = "bench.json", "stability.json"
 RATE = "output_tokens_per_second"
 RATES = (RATE, "requests_per_second", "total_tokens_per_second")
+ABSENT = "not measured"
 PROMISE = 1.6
 """The strategy's "+60–100 % tokens/s", its lower end."""
 GIB = 1 << 30
@@ -58,18 +59,23 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "configs": {v.name: list(v.words) for v in request.variants if v.name not in (BASELINE, MODEL)},
         "commands": {name: portable_command(found.commands[name]).shell() for name in names},
         "notes": found.notes,
-        "text": sentences(points),
+        "stopped": found.stopped,
+        "text": [*sentences(points), *_stopped(found)],
         "seconds": round(found.seconds, 2),
         "confidence": CONFIDENCE,
     }
 
 
 def stability_result(found: Measured) -> dict[str, Any] | None:
-    """stability.json; None where none was asked for."""
-    if found.request.watch is None:
-        return None
+    """stability.json; None where none was asked for, or the bench was stopped before."""
     seen = {name: next(iter(found.runs(name, STABILITY)), None) for name in (BASELINE, MODEL)}
+    if found.request.watch is None or (found.stopped and None in (seen[v.name] for v in _watched(found))):
+        return None
     return {**judge(seen[MODEL] or {}, seen[BASELINE]), "work": _work(found)}
+
+
+def _watched(found: Measured) -> list[Variant]:
+    return [variant for variant in found.request.variants if variant.name in (BASELINE, MODEL)]
 
 
 def _work(found: Measured) -> str | None:
@@ -92,8 +98,8 @@ def summary(runs: Sequence[Mapping[str, Any]], repeats: int) -> dict[str, Any]:
     whole = bad is None and len(runs) == repeats
     empty = dict.fromkeys([f"p{p}" for p in PERCENTILES])
     return {
-        "status": OK if whole else bad["status"] if bad else "failed",
-        "reason": bad["reason"] if bad else "" if whole else "not measured",
+        "status": OK if whole else bad["status"] if bad else ABSENT,
+        "reason": bad["reason"] if bad else "",
         **{rate: median_interval([run[rate] for run in runs]) if whole else None for rate in RATES},
         **{f"{name}_ms": _latency(runs, f"{name}_ms") if whole else dict(empty) for name in LATENCIES},
         "completed": sum(run.get("completed", 0) for run in runs),
@@ -115,9 +121,15 @@ def sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
     told += [
         f"concurrency {level}, {_called(name)}: {entry['status']}: {entry['reason']}"
         for level, name, entry in broke
-        if entry["status"] != OK
+        if entry["status"] not in (OK, ABSENT)
     ]
     return told
+
+
+def _stopped(found: Measured) -> list[str]:
+    done = sum(job.result is not None for job in found.jobs)
+    left = f"{found.stopped}: {done} of {len(found.jobs)} runs were done; the same command goes on where it was"
+    return [left] if found.stopped else []
 
 
 def portable_command(command: ServeCommand) -> ServeCommand:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -38,14 +39,26 @@ from halfbyte.models.checkpoint import read_json
 from halfbyte.serving import Server, VllmInstall
 from halfbyte.serving.bench import QUIETLY, Loader, ended, failure, run_load
 from halfbyte.serving.bench_memory import PeakMemory, reader
+from halfbyte.serving.process import START_TIMEOUT_S
 from halfbyte.types import Progress, Quiet
+
+INTERRUPTED, OVER = "interrupted", "the time was over"
 
 
 def measure(
-    request: BenchRequest, output: Path, install: VllmInstall, *, force: bool = False, progress: Progress | None = None
+    request: BenchRequest,
+    output: Path,
+    install: VllmInstall,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    seconds: float = math.inf,
+    partial: bool = False,
 ) -> Measured:
     """Do all runs that are not there yet. `force`: all of them.
 
+    seconds   no run begins after so many, and a server that is not ready then is given up
+    partial   where it is interrupted, what was measured until then is returned; `stopped` says so
     A server that does not start, runs out of memory or crashes is the result of its runs (status and reason).
     Raises UsageError for what cannot be asked (a format that the platform does not load, a sequence beyond the model's
     context, fewer than two repeats), HalfbyteError where `output` cannot be written.
@@ -60,11 +73,18 @@ def measure(
         found = Measured(request, install, commands, [], machine, output / RUNS)
         found.notes = list(dict.fromkeys(note for command in commands.values() for note in command.notes))
         found.jobs = _jobs(found)
-        work = _Work(found, progress or Quiet())
-        for turn in range(request.turns):
-            ordered = request.variants if turn % 2 == 0 else request.variants[::-1]
-            todo = [job for job in found.jobs if job.turn == turn and job.result is None]
-            work.sit([job for variant in ordered for job in todo if job.variant is variant])
+        work = _Work(found, progress or Quiet(), started + seconds)
+        try:
+            for turn in range(request.turns):
+                ordered = request.variants if turn % 2 == 0 else request.variants[::-1]
+                todo = [job for job in found.jobs if job.turn == turn and job.result is None]
+                work.sit([job for variant in ordered for job in todo if job.variant is variant])
+        except KeyboardInterrupt:
+            if not partial:
+                raise
+            found.stopped = INTERRUPTED
+    if any(job.result is None for job in found.jobs):
+        found.stopped = found.stopped or OVER
     found.seconds = time.monotonic() - started
     return found
 
@@ -124,8 +144,8 @@ def _stamp(directory: Path) -> list[Any]:
 
 
 class _Work:
-    def __init__(self, found: Measured, progress: Progress) -> None:
-        self.found, self.progress = found, progress
+    def __init__(self, found: Measured, progress: Progress, deadline: float) -> None:
+        self.found, self.progress, self.deadline = found, progress, deadline
         self.broken: dict[str, dict[str, Any]] = {}
         self.crowded: set[str] = set()
         """Servers that did not start beside others: they are tried alone."""
@@ -135,7 +155,7 @@ class _Work:
     def sit(self, jobs: Sequence[Job]) -> None:
         """Do these runs, server by server in their order; a run that ends its server has the others start it again."""
         left = list(jobs)
-        while left:
+        while left and not self._late():
             names = list(dict.fromkeys(job.variant.name for job in left))
             for name in [name for name in names if name in self.broken]:
                 self._settle([job for job in left if job.variant.name == name], self.broken[name])
@@ -149,6 +169,9 @@ class _Work:
                     left = [job for job in left if job.variant.name != name]
                     left += self._serve(server, cast(Loader, loader), mine)
                     server.stop()
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self.deadline
 
     def _batch(self, names: Sequence[str]) -> list[str]:
         """The next servers to load at once."""
@@ -175,6 +198,8 @@ class _Work:
             except HalfbyteError as error:
                 server.stop()
                 del servers[name]
+                if self._late():
+                    continue
                 if len(names) > 1:
                     self.crowded.add(name)
                 else:
@@ -190,7 +215,8 @@ class _Work:
         log = place / f"vllm-{len(list(place.glob('vllm-*.log')))}.log"
         while True:
             command, install = self.found.commands[name], self.found.install
-            server = Server(command, install, log_path=log, env=QUIETLY, progress=self.progress)
+            limit = max(0.0, min(START_TIMEOUT_S, self.deadline - time.monotonic()))
+            server = Server(command, install, log_path=log, timeout=limit, env=QUIETLY, progress=self.progress)
             if server.port not in ports:
                 return server
 
@@ -201,7 +227,7 @@ class _Work:
         self.warm.clear()
         self.progress.start(f"measuring {jobs[0].variant.name}", len(jobs))
         with PeakMemory(read) as memory:
-            while jobs:
+            while jobs and not self._late():
                 job = jobs.pop(0)
                 result = self._run(server, loader, job)
                 facts = server.facts

@@ -93,7 +93,9 @@ def root_error(text: str) -> str:
 
 
 def _whole(lines: list[str], i: int) -> str:
-    """A raised error's line, with the indented detail that pydantic puts on the lines after it."""
+    """A raised error's line, with the detail that pydantic and multiprocessing put on the lines after it."""
+    if lines[i].rstrip().endswith(":"):
+        return " ".join([lines[i].strip(), *(line.strip() for line in lines[i + 1 :] if line.strip())][:2])
     detail = lines[i + 1] if i + 1 < len(lines) else ""
     if "validation error" in lines[i] and detail.startswith("  "):
         return detail.strip().removeprefix("Value error, ").partition(" [type=")[0]

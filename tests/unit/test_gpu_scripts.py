@@ -670,8 +670,38 @@ def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
     table = read_table(tmp_path / "out" / "evidence.json")
     assert [row.method for row in table.rows] == ["bf16", "gptq", "gptq"] and table.rows[1].group_size == 128
     assert again("--seconds", "0")["rows"] == result["rows"]
+    rows = again("--seconds", "500")["rows"]
+    assert {entry["status"] for row in rows for entry in row["steps"].values()} == {"ok"}
     other = again("--seconds", "0", levels=[1, 4])["rows"]
     assert [entry["status"] for row in other for entry in row["steps"].values()] == ["not run", "not run", "ok"]
+
+
+def test_a_bench_that_is_cut_tells_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs before the deadline are in the table, and the same command does the rest."""
+    vllm = make_fake(tmp_path / "env")
+    words = ["--dry", "-o", str(tmp_path / "out"), "--vllm", str(vllm), "--models", "gptq", "--tune", "0"]
+    monkeypatch.setenv("FAKE", "hang")
+    monkeypatch.setattr(bench, "LAST_S", 25.0)
+    args = bench.parse([*words, "--seconds", "28"])
+    args.tune = 0
+    result = bench.run(args)
+    (step,) = result["rows"][0]["steps"].values()
+    assert step["status"] == "failed" and "no evidence" in step["reason"], "nothing was measured at all"
+    monkeypatch.setenv("FAKE", "ok")
+    args.seconds = float("inf")
+    result = bench.run(args)
+    assert result["rows"][0]["steps"]["served"]["status"] == "ok"
+    entry = result["rows"][0]["steps"]["served"]
+    cut = {**entry, "result": {**entry["result"], "stopped": "the time was over"}}
+    (there,) = (tmp_path / "out" / "random-tiny" / "bench").iterdir()
+    (there / "served.whole.json").unlink()
+    code = f"import json; json.dump({cut['result']!r}, open({str(there / 'bench.json')!r}, 'w'))"
+    fresh = bench.planned([sys.executable, "-c", code], "served", there)
+    bench.do(fresh, "served", there, "", float("inf"), threading.Event())
+    assert (fresh["status"], fresh["reason"]) == ("cut", "the time was over") and fresh["result"]["points"]
+    assert not (there / "served.whole.json").exists(), "it is done again"
+    lines = bench.table({**result, "rows": [{"name": "bench", "steps": {"served": fresh}}]})
+    assert lines[3].startswith("| BF16 | 100 | 200 |") and lines[-1] == "bench, served: cut: the time was over"
 
 
 def test_a_plan_compares_what_is_served_with_the_platforms_kv_cache(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_pydantic_detail_and_usage_errors():
     )
 
 
+def test_an_error_that_says_nothing_on_its_line_is_told_by_the_next():
+    log = (
+        "(APIServer pid=2) RuntimeError: \n(APIServer pid=2)         An attempt has been made\n(APIServer pid=2) rest\n"
+    )
+    assert root_error(log) == "RuntimeError: An attempt has been made"
+    assert root_error("RuntimeError:") == "RuntimeError:"
+
+
 def test_without_an_error_the_last_line_is_told():
     assert root_error("one\n(Worker pid=9) INFO 11-24 00:44:20 [w.py:1] two\n\n") == "two"
     assert root_error("") == "it said nothing"

@@ -51,6 +51,30 @@ def test_a_bench_in_which_nothing_runs_fails(
     assert "Concurrency 2, 4-bit: crashed: ValueError: the weights are wrong" in capsys.readouterr().out
 
 
+def test_a_bench_that_is_stopped_tells_what_there_is(
+    artifact: Path, model: Path, fake: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Nothing was ready within a second: the table, one line of why there is no evidence; then it goes on."""
+    out, file = tmp_path / "out", tmp_path / "speed.json"
+    words = ("--baseline", model, "--on", "cpu", *FEW, "--prefill", 0, "--vllm", fake, "-o", out, "--evidence", file)
+    monkeypatch.setenv("FAKE", "hang")
+    assert halfbyte("bench", artifact, *words, "--seconds", 1) == 1
+    said = capsys.readouterr()
+    assert "not measured" in said.out and "The time was over: 0 of 4 runs were done" in said.out
+    assert "no evidence" in said.err.strip().splitlines()[-1] and not file.exists()
+    monkeypatch.setenv("FAKE", "ok")
+    assert halfbyte("bench", artifact, *words, "--seconds", 600) == 0
+    assert "were done" not in capsys.readouterr().out and file.is_file()
+    monkeypatch.setattr("halfbyte.evaluate.speed_runs._Work.sit", lambda *_: interrupt())
+    assert halfbyte("bench", artifact, *words, "--force") == 1
+    said = capsys.readouterr()
+    assert "Interrupted: 0 of 4 runs" in said.out and "interrupted; the same command goes on" in said.err
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_unstable_model_is_exit_code_3(
     artifact: Path, fake: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
