@@ -202,12 +202,19 @@ def _promise(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _fastest(ran: Mapping[str, Mapping[str, Any]]) -> str:
-    def speed(name: str) -> float:
-        return float(ran[name]["output_tokens_per_second"]["value"])
-
-    best = max(ran, key=speed)
-    rest = [f"{speed(best) / speed(other):.2f}x the speed of {_called(other)}" for other in ran if other != best]
-    return f"{_called(best)} is fastest: {', '.join(rest)}"
+    """Which has the highest median, and over which its interval lies."""
+    rates = {name: entry[RATE] for name, entry in ran.items()}
+    best = max(rates, key=lambda name: float(rates[name]["value"]))
+    others = [name for name in rates if name != best]
+    near = [name for name in others if rates[name]["high"] >= rates[best]["low"]]
+    gains = [
+        f"{rates[best]['value'] / rates[name]['value']:.2f}x the speed of {_called(name)}"
+        for name in others
+        if name not in near
+    ]
+    alike = f"not told from {', '.join(map(_called, near))} by these repeats" if near else ""
+    verdict = "is fastest" if gains or not alike else "has the highest median"
+    return f"{_called(best)} {verdict}: {', '.join([*gains, *([alike] if alike else [])])}"
 
 
 def _called(name: str) -> str:

@@ -204,7 +204,7 @@ def _also(recipe: Recipe, platforms: Sequence[Platform], levels: Sequence[int], 
     for platform in platforms:
         table = speed_table(platform, recipe.format, variant_of(recipe))
         bests = [(level, best) for level in levels if (best := best_speed(recipe, platform, level))]
-        if table and bests and (size is None or is_near(table, size)):
+        if table and bests and not table.lent and (size is None or is_near(table, size)):
             gains = ", ".join(f"{gain:.2f}x at {table.nearest(level)}" for level, (_, gain) in bests)
             kernels = joined([*dict.fromkeys(row.kernel for _, (row, _) in bests)])
             told.append(f"{platform.name}: {gains} ({kernels}, measured on {table.model.name.split(',')[0]})")

@@ -51,8 +51,8 @@ def make_plan(
     avoided         title, platform, rule, reason, source
     strategy        first: the strategy's first choice where every platform serves it, else its portable one;
                     disagreements: rows of platform, concurrency, strategy {title, kernel, gain}, evidence [{title,
-                    kernel, flags, gain}], do, near, source; gain: for each platform where "+60-100 %" holds (see
-                    `promise`)
+                    kernel, flags, gain}], do, near, elsewhere, source; gain: for each platform where "+60-100 %"
+                    holds (see `promise`)
     linears         a row for each kind and shape: kind, linear, count, out_features, in_features, parameters, grid,
                     group_size, bytes_before, bytes_after, bits_per_weight
     group_sizes     a row for each input width: divides, does_not_divide, used, text

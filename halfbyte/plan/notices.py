@@ -23,7 +23,7 @@ from halfbyte.plan.rules import (
     data_source,
     guide,
 )
-from halfbyte.plan.speed import Model, best_speed, is_near, speed_table
+from halfbyte.plan.speed import Model, best_speed, elsewhere, is_near, speed_table
 from halfbyte.plan.words import flag_words, joined, variant_of
 from halfbyte.platforms import FormatSupport, Platform, facts_for
 from halfbyte.recipe.schema import Recipe
@@ -205,7 +205,7 @@ def _kernels(at: Setting) -> list[Reason]:
         if row.flags and default and not near:
             text = (
                 f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, the faster one by a measurement "
-                f"of another size); without it vLLM takes {default[0].kernel}"
+                f"{elsewhere(table)}); without it vLLM takes {default[0].kernel}"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
         elif row.flags and default:
@@ -241,7 +241,7 @@ def _grounds(at: Setting) -> list[Reason]:
         elif table and not is_near(table, at.size):
             other = table.model.name.split(",")[0] + (", on one device" if table.tensor_parallel == 1 < at.tp else "")
             text = (
-                f"{platform.name}: kernels are ranked by a measurement of another size ({other}); "
+                f"{platform.name}: kernels are ranked by a measurement {elsewhere(table)} ({other}); "
                 "the gains are the roofline's"
             )
             found.append(Reason("far-evidence", text, guide().near.source))

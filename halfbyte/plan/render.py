@@ -101,7 +101,7 @@ def _reasons(plan: dict[str, Any]) -> str:
 def _strategy(plan: dict[str, Any]) -> str:
     rows = []
     for row in plan["strategy"]["disagreements"]:
-        shape = "" if row["near"] else ", in a model of another size"
+        shape = "" if row["near"] else f", {row['elsewhere']}"
         rows.append(
             item(
                 f"{row['platform']}, concurrency {row['concurrency']}: the strategy's NVFP4, served without a flag "

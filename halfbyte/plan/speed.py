@@ -1,8 +1,8 @@
 """Speed against BF16 at each concurrency: measured where a measurement is near, by the roofline where none is.
 
-A measurement is near when its vLLM range covers the platform's version, its device is the platform, its tensor
-parallelism is the same, and its model has half to twice the parameters (guide.yaml). A far one still says which kernels
-there are and which is faster; its figures are not taken.
+A measurement is near when its vLLM range covers the platform's version, its device is the platform (and not one that
+this is `ranked_by`), its tensor parallelism is the same, and its model has half to twice the parameters (guide.yaml). A
+far one still says which kernels there are and which is faster; its figures are not taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def is_near(table: SpeedTable, model: Model) -> bool:
     """Whether a table's figures speak for a model."""
     ratio = table.model.parameters / max(1, model.parameters)
     limit = guide().near.parameters
-    return table.tensor_parallel == model.tp and 1 / limit <= ratio <= limit
+    return not table.lent and table.tensor_parallel == model.tp and 1 / limit <= ratio <= limit
+
+
+def elsewhere(table: SpeedTable) -> str:
+    """What a measurement that is not near is one of, in words."""
+    return f"on {table.device}" if table.lent else "on a model of another size"
 
 
 def nearest_first(platform: Platform, model: Model) -> Platform:

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.plan.decision import hindrance
 from halfbyte.plan.rules import GUIDE, guide
-from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, speed_table
+from halfbyte.plan.speed import Model, best_speed, elsewhere, is_near, least_gain, speed_table
 from halfbyte.plan.words import flag_words, title, variant_of
 from halfbyte.platforms import Platform, SpeedRow, SpeedTable
 from halfbyte.recipe.schema import Recipe
@@ -22,7 +22,8 @@ def disagreements(
     """Platforms and concurrencies at which the strategy's first choice, served as it writes, is not the fastest.
 
     A row: platform, concurrency (that of the measurement), strategy {title, kernel, gain}, evidence [{title, kernel,
-    flags, gain}] (the faster ones, fastest first), do, source, near (whether the measured model is like this one).
+    flags, gain}] (the faster ones, fastest first), do, source, near (whether the measurement is), elsewhere (in words,
+    what it is one of where it is not).
     """
     if not platforms or any(hindrance(STRATEGY_FIRST, platform) for platform in platforms):
         return []
@@ -35,7 +36,7 @@ def disagreements(
         for at in dict.fromkeys(table.nearest(level) for level in levels):
             row = _disagreement(platform, table, default, rivals, at)
             if row:
-                rows.append({**row, "near": is_near(table, model)})
+                rows.append({**row, "near": is_near(table, model), "elsewhere": elsewhere(table)})
     return rows
 
 

@@ -29,12 +29,16 @@ def load_platform(name: str, evidence: Iterable[Path] = ()) -> Platform:
     """The platform of that name, in any case ("H100"), or of a YAML file of the user's own, with its speed evidence.
 
     A file may say `like: NAME` and then states only what differs; speed evidence is not inherited, since it belongs to
-    a device. `evidence`: the user's evidence files and directories, beside halfbyte's own.
+    a device. With `ranked_by: NAME` that platform's evidence ranks kernels here, after what was measured here.
+    `evidence`: the user's evidence files and directories, beside halfbyte's own.
     Raises UsageError that lists the known names, or says what is wrong with a file.
     """
     platform = _from_file(Path(name)) if _is_file(name) else _known(name)
-    tables = tuple(table for table in load_evidence(evidence) if table.device.casefold() == platform.name.casefold())
-    return platform.model_copy(update={"speed": tables})
+    tables = load_evidence(evidence)
+    own = [table for table in tables if table.device.casefold() == platform.name.casefold()]
+    lent = [table for table in tables if table.device.casefold() == platform.ranked_by.casefold()]
+    lent = [table.model_copy(update={"lent": True}) for table in lent]
+    return platform.model_copy(update={"speed": (*own, *lent)})
 
 
 @functools.cache
@@ -63,7 +67,7 @@ def _from_file(path: Path) -> Platform:
 def _validated(tree: dict[str, Any], source: str) -> Platform:
     base = tree.pop("like", None)
     if base is not None:
-        tree = merged(_known(str(base)).model_dump(mode="json", exclude={"speed"}), tree)
+        tree = merged(_known(str(base)).model_dump(mode="json", exclude={"speed", "ranked_by"}), tree)
     try:
         return Platform.model_validate(tree)
     except ValidationError as error:

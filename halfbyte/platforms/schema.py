@@ -193,6 +193,9 @@ class Platform(Data):
     device: str = Field("", description="words in the name that the driver gives its GPU; empty: none are known")
     maker: str = Field("", description="the word before them: a GPU of the same maker runs what is made for this one")
     tune: tuple[Knob, ...] = Field((), description="in the order in which `halfbyte tune` tries them")
+    ranked_by: str = Field(
+        "", description="another platform whose measured speeds rank the kernels here too; its figures are not told"
+    )
     speed: tuple[SpeedTable, ...] = Field((), description="filled from evidence files, newest first")
 
     def support(self, format_name: str | None, variant: str | None = None) -> FormatSupport:

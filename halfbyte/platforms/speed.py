@@ -89,6 +89,7 @@ class SpeedTable(Data):
         default_factory=dict, description="concurrency -> how far repeats of one kernel lay apart at most (0.1: 10 %)"
     )
     rows: tuple[SpeedRow, ...]
+    lent: bool = Field(False, description="set where another platform is `ranked_by` this one's")
 
     @model_validator(mode="after")
     def _comparable(self) -> SpeedTable:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.plan.speed import Model, is_near
+from halfbyte.plan.speed import Model, elsewhere, is_near
 from halfbyte.platforms import FormatSupport, Platform, SpeedRow, SpeedTable, VllmFacts, facts_for, load_platform
 from halfbyte.platforms.schema import Flags
 
@@ -170,10 +170,10 @@ def _kernel(
     rows = table.rows_for(format_name, variant, kv_cache)
     wanted = concurrency or ASSUMED_CONCURRENCY
     best = table.fastest(rows, wanted)
-    if size and not is_near(table, size):
+    if table.lent or (size and not is_near(table, size)):
         others = " or ".join(row.kernel for row in rows if row is not best)
         over = f", rather than {others}," if others else ""
-        text = f"kernel {best.kernel}{over} by a measurement of another size; what it gains on this one is not known"
+        text = f"kernel {best.kernel}{over} by a measurement {elsewhere(table)}; what it gains here is not known"
         return best.flags, f"{text}: bench before you rely on it; {table.evidence}, {table.evidence.shape}"
     return best.flags, _speed_note(table, rows, best, table.nearest(wanted))
 

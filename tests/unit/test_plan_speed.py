@@ -8,10 +8,11 @@ from halfbyte.models import Checkpoint
 from halfbyte.plan import footprints, make_plan, render_plan
 from halfbyte.plan.memory import KVShape
 from halfbyte.plan.roofline import Load, Mass, Work, batch_seconds, work_of
-from halfbyte.plan.speed import Model, is_near, nearest_first
+from halfbyte.plan.speed import Model, best_speed, is_near, nearest_first
 from halfbyte.plan.strategy import disagreements, promise
 from halfbyte.platforms import load_platform
 from halfbyte.recipe.schema import Recipe
+from halfbyte.serving import serve_command
 from tests.unit.sparse import LLAMA_8B, LLAMA_70B, MIXTRAL, QWEN3_MOE, make_sparse
 
 H100, MI325X, CPU = (load_platform(name) for name in ("h100", "mi325x", "cpu"))
@@ -185,3 +186,19 @@ def test_predictions_are_finite(llama, of):
         for row in plan["speed"]:
             for entry in row["rows"]:
                 assert all(math.isfinite(gain["gain"]) and gain["gain"] > 0 for gain in entry["gains"])
+
+
+def test_a_platform_may_be_ranked_by_another() -> None:
+    """The H200 has no figures of its own: its kernels rank as the H100's, whose figures are not told as its."""
+    h100, h200 = load_platform("h100"), load_platform("h200")
+    assert h200.speed and all(table.lent for table in h200.speed) and not any(table.lent for table in h100.speed)
+    size = Model(h100.speed[0].model.parameters)
+    assert is_near(h100.speed[0], size) and not is_near(h200.speed[0], size)
+    recipe = Recipe.model_validate({"method": "nvfp4", "group_size": 16, "activations": "fp4"})
+    assert best_speed(recipe, h200, 64) == best_speed(recipe, h100, 64)
+    for limit in (size, None):
+        command = serve_command("x", "modelopt", h200, variant="NVFP4", concurrency=64, size=limit)
+        assert command.value("--linear-backend") == "humming"
+        (note,) = (note for note in command.notes if note.startswith("kernel"))
+        assert "by a measurement on h100; what it gains here is not known" in note and "x the speed" not in note
+    assert (h200.name, h200.memory_gib, h200.roofline) == ("h200", 139.8, h100.roofline)

@@ -85,7 +85,7 @@ def test_serve_prints_the_command(made: Path, no_vllm: None, capsys: Any, as_jso
     line = capsys.readouterr().out
     assert f"vllm serve {made}" in line and "--port 8123" in line and line.rstrip().endswith("--seed 3")
     told = " ".join(as_json("serve", made, "--on", "h100", "--print", "--", "-tp", "2")["notes"])
-    assert "a measurement of another size" in told and "x the speed of BF16" not in told
+    assert "a measurement on a model of another size" in told and "x the speed of BF16" not in told
     value = as_json("serve", made, "--on", "h100", "--print", "--context", "64", "--", "--seed", "3")
     assert value["argv"][:3] == ["vllm", "serve", str(made)] and value["argv"][-2:] == ["--seed", "3"]
     assert value["argv"][value["argv"].index("--max-model-len") + 1] == "64"
