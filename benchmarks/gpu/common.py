@@ -24,8 +24,9 @@ from halfbyte.evaluate.speed_result import RATE
 from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, cache_tokens, token_bytes
 from halfbyte.files import make_directory, write_json, write_text
 from halfbyte.models import Checkpoint
-from halfbyte.serving import LogFacts, VllmInstall, bench_memory, parse_log, root_error
+from halfbyte.serving import LogFacts, VllmInstall, parse_log, root_error
 from halfbyte.serving.bench import Load
+from halfbyte.serving.cards import on_cards, visible
 from halfbyte.serving.child import Child
 from halfbyte.serving.log import read_log
 
@@ -125,28 +126,9 @@ def cards(asked: str | None = None) -> list[str]:
     return [seen[int(place)] for place in places]
 
 
-def visible() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that torch sees. A UUID becomes a number where NVML knows it: vLLM reads
-    numbers alone."""
-    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return [str(i) for i in range(number)]
-    words = [word.strip() for word in named.split(",")][:number]
-    nvml = None if all(word.isdecimal() for word in words) else bench_memory.load_nvml()
-    if nvml is None:
-        return words
-    found = [str(nvml.nvmlDeviceGetIndex(handle)) for handle in bench_memory.visible_devices(nvml)]
-    return found if len(found) == number else words
-
-
 def on_card(card: str) -> dict[str, str]:
-    """The environment of a program that sees that one GPU."""
-    if not card:
-        return dict(QUIETLY)
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    by_nvml = named is not None and card not in [word.strip() for word in named.split(",")]
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if by_nvml else {}  # as NVML numbers them
-    return {**QUIETLY, **order, "CUDA_VISIBLE_DEVICES": card}
+    """The environment of a program that sees that one GPU ("": what this one sees)."""
+    return {**QUIETLY, **on_cards([card] if card else [])}
 
 
 def card_name() -> str:

@@ -16,9 +16,10 @@ NODES = {"NVIDIA": "/dev/nvidiactl", "AMD": "/dev/kfd"}
 """What a driver makes in /dev, by the GPU's maker."""
 
 
-def hardware(accelerator: bool) -> str:
-    """The GPUs by their driver's name, or the processor with the cores that this process may use."""
-    named = device_name() if accelerator else None
+def hardware(accelerator: bool, count: int | None = None) -> str:
+    """The GPUs by their driver's name (`count` of those that can be seen; None: all), or the processor with the cores
+    that this process may use."""
+    named = device_name(count) if accelerator else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return named or f"{_processor()}, {cores} cores"
 

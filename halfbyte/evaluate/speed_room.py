@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from halfbyte.platforms.base import KV_FLAG
 from halfbyte.serving import ServeCommand
 from halfbyte.serving.bench import Load
 from halfbyte.serving.bench_memory import load_nvml, visible_devices
+from halfbyte.serving.cards import visible
 
 GIB = 1 << 30
 SPACE_FLAG = "--kv-cache-memory-bytes"
@@ -49,38 +51,70 @@ def cache_tokens(loads: Iterable[Load], context: int, room: int = 16) -> int:
     return max(LEAST_TOKENS, context, math.ceil(SPARE * max(flight, default=0)))
 
 
+def ranks(command: ServeCommand) -> int:
+    """How many devices share the model's weights."""
+    return _number(command, "--tensor-parallel-size", "-tp") * _number(command, "--pipeline-parallel-size", "-pp")
+
+
+def devices(command: ServeCommand) -> int:
+    """How many devices a server takes."""
+    return ranks(command) * _number(command, "--data-parallel-size", "-dp")
+
+
 def space_words(command: ServeCommand, directory: Path, tokens: int) -> tuple[str, ...]:
     """Words for vLLM: a KV cache of so many tokens, and no more of the device."""
-    tp = int(command.value("--tensor-parallel-size") or 1)
     config = read_json(directory / "config.json")
-    space = tokens * token_bytes(config, command.value(KV_FLAG) or "auto", tp)
+    shared = _number(command, "--tensor-parallel-size", "-tp")
+    space = tokens * token_bytes(config, command.value(KV_FLAG) or "auto", shared)
     return (SPACE_FLAG, str(space), *SHARE)
 
 
 def taken(command: ServeCommand, directory: Path) -> int:
     """Bytes that the server of a command with `space_words` takes of a device."""
-    tp = int(command.value("--tensor-parallel-size") or 1)
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return weights // tp + int(command.value(SPACE_FLAG) or 0) + BESIDE
+    return weights // ranks(command) + int(command.value(SPACE_FLAG) or 0) + BESIDE
 
 
-def free(platform: Platform) -> int:
-    """Bytes that are free on the fullest visible device (as NVML tells, else all of the platform's), or of memory."""
+@dataclass(frozen=True)
+class Lane:
+    """Devices that servers share: their names for CUDA_VISIBLE_DEVICES (none: whatever this process sees), and the
+    bytes that are free on the fullest of them."""
+
+    cards: tuple[str, ...]
+    free: int
+
+
+def lanes(platform: Platform, width: int) -> list[Lane]:
+    """The visible devices, `width` to a lane, as far as they go; one lane where NVML does not tell of them, or on a
+    CPU, with what is free of its memory."""
     if not platform.capabilities.accelerator:
-        return int(psutil.virtual_memory().available)
+        return [Lane((), int(psutil.virtual_memory().available))]
     nvml = load_nvml()
     handles = visible_devices(nvml) if nvml else []
-    if handles:
-        return min(int(nvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles)
-    return int((platform.memory_gib or 0) * GIB)
+    if not handles:
+        return [Lane((), int((platform.memory_gib or 0) * GIB))]
+    rooms = [int(nvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles]
+    names = visible()
+    if len(names) != len(rooms) or len(rooms) < 2 * width:
+        return [Lane((), min(rooms[:width]))]
+    starts = range(0, len(rooms) - width + 1, width)
+    return [Lane(tuple(names[i : i + width]), min(rooms[i : i + width])) for i in starts]
 
 
-def fitting(items: Sequence[Item], sizes: Sequence[int], room: int, most: int) -> list[Item]:
-    """The first of the items that have room together, `most` at most and one at least."""
-    chosen: list[Item] = []
-    for item, size in zip(items[:most], sizes):
-        room -= size
-        if chosen and room < 0:
-            break
-        chosen.append(item)
-    return chosen
+def spread(items: Sequence[Item], sizes: Sequence[int], rooms: Sequence[int], most: int) -> list[list[Item]]:
+    """The first of the items that have room together, by lane: `most` to a lane, and one at least. They are dealt out
+    in turn, so that no lane waits for another longer than it must."""
+    dealt: list[list[Item]] = [[] for _ in rooms]
+    left, space = list(zip(items, sizes)), list(rooms)
+    for _ in range(most):
+        for lane, own in enumerate(dealt):
+            if left and (not own or left[0][1] <= space[lane]):
+                item, size = left.pop(0)
+                own.append(item)
+                space[lane] -= size
+    return dealt
+
+
+def _number(command: ServeCommand, *flags: str) -> int:
+    """The whole number that one of a flag's names is given; 1 where none is."""
+    return next((int(value) for flag in flags if (value := command.value(flag)) and value.isdecimal()), 1)

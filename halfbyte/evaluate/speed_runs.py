@@ -12,11 +12,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from threading import Lock
+from typing import Any
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed import (
@@ -32,16 +34,19 @@ from halfbyte.evaluate.speed import (
     context_limit,
 )
 from halfbyte.evaluate.speed_machine import hardware
-from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, fitting, free, taken
+from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, Lane, devices, lanes, spread, taken
 from halfbyte.evaluate.stability import observe
 from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models.checkpoint import read_json
 from halfbyte.serving import Server, VllmInstall
 from halfbyte.serving.bench import QUIETLY, Loader, ended, failure, run_load
 from halfbyte.serving.bench_memory import PeakMemory, reader
+from halfbyte.serving.cards import on_cards
 from halfbyte.serving.process import START_TIMEOUT_S
 from halfbyte.types import Progress, Quiet
 
+ANYWHERE = Lane((), 0)
+"""Of a server that has its devices for itself."""
 INTERRUPTED, OVER = "interrupted", "the time was over"
 
 
@@ -69,7 +74,8 @@ def measure(
         if force:
             shutil.rmtree(output / RUNS, ignore_errors=True)
         commands = {variant.name: command_for(request, variant, install) for variant in request.variants}
-        machine = hardware(request.platform.capabilities.accelerator)
+        widest = max(devices(command) for command in commands.values())
+        machine = hardware(request.platform.capabilities.accelerator, widest)
         found = Measured(request, install, commands, [], machine, output / RUNS)
         found.notes = list(dict.fromkeys(note for command in commands.values() for note in command.notes))
         found.jobs = _jobs(found)
@@ -149,8 +155,8 @@ class _Work:
         self.broken: dict[str, dict[str, Any]] = {}
         self.crowded: set[str] = set()
         """Servers that did not start beside others: they are tried alone."""
-        self.warm: set[str] = set()
-        """Points that the running server has seen."""
+        self.over = False
+        self.lock = Lock()
 
     def sit(self, jobs: Sequence[Job]) -> None:
         """Do these runs, server by server in their order; a run that ends its server has the others start it again."""
@@ -161,37 +167,70 @@ class _Work:
                 self._settle([job for job in left if job.variant.name == name], self.broken[name])
             left = [job for job in left if job.variant.name not in self.broken]
             batch = self._batch([name for name in names if name not in self.broken])
-            with ExitStack() as stack:
-                loader = stack.enter_context(Loader(self.found.install)) if batch else None
-                servers = self._started(batch, stack)
-                for name, server in servers.items():
-                    mine = [job for job in left if job.variant.name == name]
-                    left = [job for job in left if job.variant.name != name]
-                    left += self._serve(server, cast(Loader, loader), mine)
-                    server.stop()
+            if batch:
+                left = self._measure(batch, left)
 
     def _late(self) -> bool:
-        return time.monotonic() >= self.deadline
+        return self.over or time.monotonic() >= self.deadline
 
-    def _batch(self, names: Sequence[str]) -> list[str]:
-        """The next servers to load at once."""
+    def _batch(self, names: Sequence[str]) -> dict[Lane, list[str]]:
+        """The next servers to load at once, by the devices that they share."""
         request, commands = self.found.request, self.found.commands
-        if request.together == 1 or len(names) < 2 or names[0] in self.crowded:
-            return list(names[:1])
+        if request.together == 1 or len(names) < 2:
+            return {ANYWHERE: list(names[:1])} if names else {}
+        them = lanes(request.platform, max(devices(commands[name]) for name in names))
+        alone = names[0] in self.crowded
+        able = [name for name in names if (name in self.crowded) == alone]
         directories = {variant.name: variant.directory for variant in request.variants}
-        able = [name for name in names if name not in self.crowded]
         sizes = [taken(commands[name], directories[name]) for name in able]
-        return fitting(able, sizes, free(request.platform), request.together)
+        dealt = spread(able, sizes, [lane.free for lane in them], 1 if alone else request.together)
+        return {lane: own for lane, own in zip(them, dealt) if own}
 
-    def _started(self, names: Sequence[str], stack: ExitStack) -> dict[str, Server]:
+    def _measure(self, batch: Mapping[Lane, Sequence[str]], jobs: Sequence[Job]) -> list[Job]:
+        """Load the servers of a batch at once, then measure those of a lane one after the other, lanes beside each
+        other. Returns the runs that are left."""
+        with ExitStack() as stack:
+            loaders = {lane: stack.enter_context(Loader(self.found.install)) for lane in batch}
+            ready = self._started(batch, stack)
+            them = [job for job in jobs if job.variant.name in ready]
+            if not them:
+                return list(jobs)
+            names = [name for name in ready if any(job.variant.name == name for job in them)]
+            self.progress.start(f"measuring {', '.join(names)}", len(them))
+
+            def lane_of(lane: Lane) -> list[Job]:
+                undone = []
+                for name in batch[lane]:
+                    if name in ready:
+                        mine = [job for job in them if job.variant.name == name]
+                        undone += self._serve(ready[name], loaders[lane], mine)
+                        ready[name].stop()
+                return undone
+
+            others = [job for job in jobs if job.variant.name not in ready]
+            if len(batch) == 1:
+                return others + lane_of(next(iter(batch)))
+            with ThreadPoolExecutor(len(batch)) as pool:
+                try:
+                    return others + [job for undone in pool.map(lane_of, batch) for job in undone]
+                except BaseException:
+                    self.over = True  # what ends now says nothing
+                    for server in ready.values():
+                        server.stop()
+                    raise
+
+    def _started(self, batch: Mapping[Lane, Sequence[str]], stack: ExitStack) -> dict[str, Server]:
         """Those of the servers that are ready; why the others are not is kept."""
         servers: dict[str, Server] = {}
-        for name in names:
-            servers[name] = self._server(name, {server.port for server in servers.values()})
-            stack.callback(servers[name].stop)
-            servers[name].begin()
-        if len(names) > 1:
-            self.progress.say(f"loading {len(names)} servers at once: {', '.join(names)}")
+        for lane, names in batch.items():
+            for name in names:
+                servers[name] = self._server(name, lane, {server.port for server in servers.values()})
+                stack.callback(servers[name].stop)
+                servers[name].begin()
+        if len(servers) > 1:
+            cards = f" on {sum(len(lane.cards) for lane in batch)} GPUs" if len(batch) > 1 else ""
+            self.progress.say(f"loading {len(servers)} servers at once{cards}: {', '.join(servers)}")
+        crowd = [name for names in batch.values() if len(names) > 1 for name in names]
         for name, server in list(servers.items()):
             try:
                 server.await_ready()
@@ -200,23 +239,22 @@ class _Work:
                 del servers[name]
                 if self._late():
                     continue
-                if len(names) > 1:
+                if name in crowd:
                     self.crowded.add(name)
                 else:
-                    self.broken[name] = {
-                        "status": ended(str(error)),
-                        "reason": str(error).removeprefix("vLLM failed: "),
-                    }
+                    reason = str(error).removeprefix("vLLM failed: ")
+                    self.broken[name] = {"status": ended(str(error)), "reason": reason}
         return servers
 
-    def _server(self, name: str, ports: Collection[int]) -> Server:
-        """A server with a port that is none of those."""
+    def _server(self, name: str, lane: Lane, ports: Collection[int]) -> Server:
+        """A server on those devices, with a port that is none of those."""
         place = make_directory(self.found.place / name)
         log = place / f"vllm-{len(list(place.glob('vllm-*.log')))}.log"
+        env = {**QUIETLY, **on_cards(lane.cards)}
         while True:
             command, install = self.found.commands[name], self.found.install
             limit = max(0.0, min(START_TIMEOUT_S, self.deadline - time.monotonic()))
-            server = Server(command, install, log_path=log, timeout=limit, env=QUIETLY, progress=self.progress)
+            server = Server(command, install, log_path=log, timeout=limit, env=env, progress=self.progress)
             if server.port not in ports:
                 return server
 
@@ -224,12 +262,14 @@ class _Work:
         """Do runs until none is left or the server has ended; returns those left. What failed is not repeated."""
         shared = self.found.request.together > 1
         read = reader(self.found.request.platform.capabilities.accelerator, server.pid)
-        self.warm.clear()
-        self.progress.start(f"measuring {jobs[0].variant.name}", len(jobs))
+        warm: set[str] = set()
         with PeakMemory(read) as memory:
             while jobs and not self._late():
-                job = jobs.pop(0)
-                result = self._run(server, loader, job)
+                job = jobs[0]
+                result = self._run(server, loader, job, warm)
+                if self.over:
+                    break
+                jobs.pop(0)
                 facts = server.facts
                 self._keep(
                     job,
@@ -242,7 +282,7 @@ class _Work:
                         "kernels": list(facts.kernels),
                     },
                 )
-                self.progress.advance(1, f"{job.point}: {result['status']}")
+                self._advance(f"{job.variant.name}, {job.point}: {result['status']}")
                 if result["status"] != "ok":
                     same = [other for other in jobs if other.point == job.point]
                     jobs = [other for other in jobs if other.point != job.point]
@@ -251,10 +291,15 @@ class _Work:
                     break
         return jobs
 
-    def _run(self, server: Server, loader: Loader, job: Job) -> dict[str, Any]:
+    def _advance(self, note: str) -> None:
+        with self.lock:
+            self.progress.advance(1, note)
+
+    def _run(self, server: Server, loader: Loader, job: Job, warm: set[str]) -> dict[str, Any]:
+        """`warm`: the points that the server has seen; what it sees is added."""
         if job.load is not None:
-            load = replace(job.load, warmups=0 if job.point in self.warm else job.load.concurrency)
-            self.warm.add(job.point)
+            load = replace(job.load, warmups=0 if job.point in warm else job.load.concurrency)
+            warm.add(job.point)
             log = job.file.with_suffix(".log")
             try:
                 return run_load(server, loader, load, job.variant.directory, log)

@@ -106,9 +106,9 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def device_name() -> str | None:
-    """The GPUs as their driver calls them ("2 x NVIDIA H100 80GB HBM3"), of NVML or else of torch; None where neither
-    knows any."""
+def device_name(most: int | None = None) -> str | None:
+    """The visible GPUs (`most` of them) as their driver calls them ("2 x NVIDIA H100 80GB HBM3"), of NVML or else of
+    torch; None where neither knows any."""
     nvml = load_nvml()
     if nvml is not None and (handles := visible_devices(nvml)):
         count, name = len(handles), _text(nvml.nvmlDeviceGetName(handles[0]))
@@ -116,6 +116,7 @@ def device_name() -> str | None:
         count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
     else:
         return None
+    count = min(count, most or count)
     return name if count == 1 else f"{count} x {name}"
 
 

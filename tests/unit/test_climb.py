@@ -327,7 +327,7 @@ def test_memory_comes_from_the_plan(done: Path, place: Path, capsys: Any) -> Non
 def test_speed_and_stability_in_a_run(done: Path, place: Path, monkeypatch: Any, tmp_path: Path) -> None:
     """The registry's own rows, with a stand-in for vLLM: it scores nonsense, so that `served` rejects."""
     monkeypatch.setattr(served_measurements, "LOAD_SECONDS", 0.2)
-    monkeypatch.setattr(speed_machine, "device_name", lambda: "2 x NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(speed_machine, "device_name", lambda *_: "2 x NVIDIA H100 80GB HBM3")
     fake = make_fake(tmp_path / "fake")
     gates = ["--gate", "speed@1=-99%", "--gate", "speed@2=-99%", "--gate", "stability", "--gate", "memory@2=fits"]
     assert halfbyte(*words(place, done, *GENEROUS, *gates, "--vllm", str(fake), on="h100")) == 3
@@ -356,7 +356,7 @@ def test_a_gate_on_stability_alone_measures_no_speed(done: Path, place: Path, mo
 def test_speed_is_measured_on_the_platform_that_this_machine_is(
     done: Path, place: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    monkeypatch.setattr(speed_machine, "device_name", lambda: None)
+    monkeypatch.setattr(speed_machine, "device_name", lambda *_: None)
     monkeypatch.setattr(speed_machine, "NODES", {})
     fake = make_fake(tmp_path / "fake")
     gates = [*GENEROUS, "--gate", "speed@1=-99%", "--vllm", str(fake)]

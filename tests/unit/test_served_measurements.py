@@ -31,7 +31,7 @@ from tests.unit.fake_vllm import make_fake
 def test_which_of_the_platforms_is_here(
     monkeypatch: Any, device: str, names: tuple[str, ...], expected: str | None, told: bool
 ) -> None:
-    monkeypatch.setattr(speed_machine, "device_name", lambda: device)
+    monkeypatch.setattr(speed_machine, "device_name", lambda *_: device)
     said: list[str] = []
     platforms = [load_platform(name) for name in names]
     progress: Any = SimpleNamespace(say=said.append)
@@ -48,7 +48,7 @@ def test_which_of_the_platforms_is_here(
     [(None, "cpu"), ("NVIDIA H100 80GB HBM3", "h100"), ("8 x AMD Instinct MI325X", "mi325x"), ("NVIDIA A100", "cpu")],
 )
 def test_the_platform_that_this_machine_is(monkeypatch: Any, device: str | None, here: str) -> None:
-    monkeypatch.setattr(speed_machine, "device_name", lambda: device)
+    monkeypatch.setattr(speed_machine, "device_name", lambda *_: device)
     assert speed_machine.platform_here() == here
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,17 @@ from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant, command_for
 from halfbyte.evaluate.speed_evidence import write_evidence
 from halfbyte.evaluate.speed_result import bench_result
-from halfbyte.evaluate.speed_runs import measure
+from halfbyte.evaluate.speed_runs import INTERRUPTED, measure
 from halfbyte.evaluate.stability import Watch
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
-from halfbyte.serving import find_vllm
+from halfbyte.serving import ServeCommand, find_vllm
 from halfbyte.serving.bench import Load
 from tests.tiny import make_tiny
 from tests.unit.artifacts import edit_json
 from tests.unit.fake_vllm import make_fake
 from tests.unit.test_serving_process import gone
+from tests.unit.test_speed_stopped import Stopper
 
 H100 = load_platform("h100")
 
@@ -84,20 +86,43 @@ def test_room(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [Load(256, 512, 128, 128), Load(16, 16, 2048, 1)]
     assert room.cache_tokens(loads, 100) == 76596, "1.1 times 256 sequences of 272 tokens"
     assert room.cache_tokens([Load(1, 8, 8, 8)], 100) == 8192 and room.cache_tokens([], 9000) == 9000
-    assert room.fitting("abcd", [3, 3, 3, 3], 7, 4) == ["a", "b"] and room.fitting("abcd", [9, 1], 7, 4) == ["a"]
-    assert room.fitting("abcd", [1, 1, 1, 1], 7, 3) == ["a", "b", "c"]
-    assert room.free(H100) == int(79.6 * (1 << 30)), "no GPU to ask"
-    used = {0: 5, 1: 3}
+    assert room.spread("abcd", [3, 3, 3, 3], [7], 4) == [["a", "b"]] and room.spread("abcd", [9, 1], [7], 4) == [["a"]]
+    assert room.spread("abcd", [1, 1, 1, 1], [7], 3) == [["a", "b", "c"]]
+    assert room.spread("abcde", [3, 3, 3, 3, 9], [7, 3], 4) == [["a", "c"], ["b"]], "d would be c's third"
+    assert room.spread("ab", [1, 1], [7, 7, 7], 2) == [["a"], ["b"], []]
+
+
+def test_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices by twos and alone; a lane has what is free on the fullest of its devices."""
+    (lane,) = room.lanes(H100, 1)
+    assert lane == room.Lane((), int(79.6 * (1 << 30))), "no GPU to ask"
+    see(monkeypatch, [5, 3, 4, 6, 9])
+    assert [(lane.cards, lane.free) for lane in room.lanes(H100, 1)] == [
+        (("0",), 5), (("1",), 3), (("2",), 4), (("3",), 6), (("4",), 9)
+    ]  # fmt: skip
+    assert room.lanes(H100, 2) == [room.Lane(("0", "1"), 3), room.Lane(("2", "3"), 4)]
+    assert room.lanes(H100, 4) == [room.Lane((), 3)] and room.lanes(H100, 3) == [room.Lane((), 3)]
+    (lane,) = room.lanes(load_platform("cpu"), 1)
+    assert lane.cards == () and lane.free > 1 << 28
+
+
+def test_how_many_devices_a_server_takes() -> None:
+    words = ["vllm", "serve", "x", "-tp", "2", "--pipeline-parallel-size", "3", "--data-parallel-size=2"]
+    command = ServeCommand(words)
+    assert (room.ranks(command), room.devices(command)) == (6, 12) and room.devices(ServeCommand(words[:3])) == 1
+
+
+def see(monkeypatch: pytest.MonkeyPatch, rooms: list[int]) -> None:
+    """As many GPUs as there are rooms, with so many free bytes."""
     nvml = SimpleNamespace(
-        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetCount=lambda: len(rooms),
         nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=used[handle]),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=rooms[handle]),
+        NVMLError=RuntimeError,
     )
-    nvml.NVMLError = RuntimeError
     monkeypatch.setattr(room, "load_nvml", lambda: nvml)
+    monkeypatch.setattr(room, "visible", lambda: [str(i) for i in range(len(rooms))])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert room.free(H100) == 3
-    assert room.free(load_platform("cpu")) > 1 << 28
 
 
 def test_a_server_that_shares_gets_what_the_load_needs(models: dict[str, Path], install: Any) -> None:
@@ -149,6 +174,34 @@ def test_servers_load_at_once_and_models_stand_side_by_side(
     again = Told()
     measure(asked(models, prefill=16), tmp_path / "out", install, progress=again)
     assert not again.said and (models["gptq"] / "starts").read_text() == before
+
+
+def test_servers_are_spread_over_the_devices(
+    models: dict[str, Path], install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two to a GPU, each with its GPU alone in sight; a lane does not wait for another."""
+    see(monkeypatch, [80 << 30, 80 << 30])
+    told = Told()
+    found = measure(asked(models, together=2), tmp_path / "out", install, progress=told)
+    assert told.said[0] == "loading 4 servers at once on 2 GPUs: baseline, slow, model, awq" and len(told.said) == 1
+    gains = {name: round(e["speedup"]["value"], 3) for name, e in bench_result(found)["points"][1]["configs"].items()}
+    assert gains == {"slow": 0.85, "awq": 1.7, "bf16-auto": 1.0}
+    seen = {name: (tmp_path / "out" / "bench" / name / "vllm-0.log").read_text() for name in ("model", "slow", "awq")}
+    cards = {name: re.search(r"CUDA_VISIBLE_DEVICES (\S+)", text) for name, text in seen.items()}
+    assert {name: card and card[1] for name, card in cards.items()} == {"model": "1", "slow": "0", "awq": "1"}
+
+
+def test_an_interrupt_ends_every_lane(
+    models: dict[str, Path], install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends then is no crash: it is done when the command is given again."""
+    see(monkeypatch, [80 << 30, 80 << 30])
+    found = measure(asked(models, together=2), tmp_path / "out", install, progress=Stopper(3), partial=True)
+    states = [job.result["status"] for job in found.jobs if job.result]
+    assert found.stopped == INTERRUPTED and set(states) == {"ok"} and 3 <= len(states) < len(found.jobs)
+    assert all(gone(models[name]) for name in models)
+    whole = measure(asked(models, together=2), tmp_path / "out", install)
+    assert not whole.stopped and {job.result["status"] for job in whole.jobs if job.result} == {"ok"}
 
 
 def test_a_server_that_found_no_room_beside_others_is_tried_alone(

@@ -160,7 +160,7 @@ def test_the_kv_cache_of_the_evidence_is_never_served_for_its_speed(
 def test_what_is_measured_here_is_not_called_by_another_machines_name(
     command: str, artifact: Path, model: Path, fake: Path, tmp_path: Path, monkeypatch: Any, refused: Any
 ) -> None:
-    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda: "AMD Instinct MI325X")
+    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda *_: "AMD Instinct MI325X")
     out = tmp_path / "out"
     words = {
         "bench": (artifact, "--alone", *FEW),

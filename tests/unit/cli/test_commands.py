@@ -161,5 +161,5 @@ def test_check_says_at_once_what_a_platform_cannot_load(
     vllm = make_fake(tmp_path / "env")
     served = as_json("check", out, "--serve", "--on", "cpu", "--vllm", vllm, code=1)["served"]
     assert served["status"] == "not served" and "no CPU kernel for NVFP4" in served["reason"]
-    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda: "AMD Instinct MI325X")
+    monkeypatch.setattr("halfbyte.evaluate.speed_machine.device_name", lambda *_: "AMD Instinct MI325X")
     assert "is not h100" in refused(1, "check", out, "--serve", "--on", "h100", "--vllm", vllm)
