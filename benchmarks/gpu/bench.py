@@ -9,8 +9,8 @@ measures BF16 and every artifact as `halfbyte serve` would serve them, then the 
 before with more --config, so that a run that is cut short is still of use. --together servers load at once, and each
 is measured alone. Then `tune` looks for each artifact's fastest flags at --tune sequences (0: it does not). Of several
 GPUs one takes the bench, the others `tune`. Runs are kept as `halfbyte bench` keeps them: the same command goes on
-where it was. In DIR: bench.json, after each step, and evidence.json beside it (halfbyte plan, serve: --evidence). Exit
-status 1 where a step failed or was not done.
+where it was. In DIR: bench.json, after each step, and bench-evidence.json beside it (halfbyte plan, serve:
+--evidence). Exit status 1 where a step failed or was not done.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ORDER = ["nvfp4", "gptq", "awq"]
 LINEAR = "--linear-backend"
 SERVED, CACHES, KERNELS = "served", "caches", "kernels"
 TUNE = "tune"
-LAST_S = 40.0
+LAST_S = 60.0
 """Before the deadline no run of a bench begins: the last one ends then, and the result is written."""
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = make_directory(place / "bench" / digest(facts))
     first, configs = models[names[0]], configs_by_step(models, args, platform, install)
     told, steps = words_of(args), {}
-    there = ["--into", str(results), "--evidence", str(result_file(args).with_name("evidence.json"))]
+    there = ["--into", str(results), "--evidence", str(result_file(args).with_name("bench-evidence.json"))]
     shared = [*told, "--baseline", str(models["bf16"]), "--concurrency", ",".join(map(str, args.levels)), *there]
     for step, texts in configs.items():
         shared += [word for text in texts for word in ("--config", text)]
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def result_file(args: argparse.Namespace) -> Path:
-    """Where the results go; evidence.json lies beside it."""
+    """Where the results go; bench-evidence.json lies beside it."""
     return (args.json or args.output / "bench.json").absolute()
 
 

@@ -156,7 +156,7 @@ def collect(args: argparse.Namespace, output: Path, step: str) -> None:
     swept = args.work / "matrix" / "sweep" / "sweep.json"
     if step == "matrix" and swept.is_file():
         shutil.copy(swept, output / swept.name)
-    places = ("*/logs/*.log", "*/runs/*/vllm.log", "*/*/runs/*/vllm.log", "*/*/bench/*/*/*.log")
+    places = ("*/logs/*.log", "*/runs/*/vllm.log", "*/*/runs/*/vllm.log", "*/*/bench/**/*.log")
     logs = [log for place in places for log in sorted(args.work.glob(place))]
     with (output / "logs.txt").open("w", encoding="utf-8") as kept:
         for log in logs:

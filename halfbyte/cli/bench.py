@@ -144,6 +144,8 @@ def bench(
     follow = f"next: halfbyte {command} {directory} --on {on} --concurrency {max(levels)}{more}"
     emit(value, style, f"{bench_words(output, value, evidence, left_out)}\n{follow}")
     if found.stopped == INTERRUPTED:
+        if problem is not None:
+            typer.echo(f"halfbyte: {problem}", err=True)
         raise KeyboardInterrupt
     if stable is not None and not stable["ok"]:
         raise typer.Exit(3)
@@ -233,12 +235,16 @@ def _config(text: str) -> tuple[str, Path | None, tuple[str, ...]]:
 
     name, colon, rest = text.partition(":")
     name = name.strip()
-    if not colon or not re.fullmatch(r"[\w.+=-]+", name) or name in ("baseline", "model") or not rest.strip():
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise UsageError(f"--config {text!r}: {str(error).lower()}") from None
+    known = name in ("baseline", "model") or not name.strip(".")
+    if not colon or not re.fullmatch(r"[\w.+=-]+", name) or known or not words or not words[0]:
         raise UsageError(
             f"--config {text!r}: write a name of letters and digits (not baseline or model), a colon, and flags or a "
             "model's directory: 'marlin: --linear-backend marlin'"
         )
-    words = shlex.split(rest)
     other = None if words[0].startswith("-") else Path(words.pop(0))
     return name, other and Checkpoint(other).path, tuple(words)
 

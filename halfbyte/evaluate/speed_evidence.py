@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from halfbyte.artifact.manifest import read_manifest
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
@@ -21,9 +23,20 @@ from halfbyte.files import make_directory, refused, write_json
 from halfbyte.models import Checkpoint
 from halfbyte.platforms import Platform, SpeedTable
 from halfbyte.platforms.base import KV_FLAG
+from halfbyte.platforms.evidence import problems, read_table
 from halfbyte.serving import ServeCommand, declared_variant
 from halfbyte.serving.bench import NO_REUSE, OK
 from halfbyte.types import NVFP4_BLOCK
+
+SIZES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "blocks": "num_hidden_layers",
+    "vocab_size": "vocab_size",
+}
+"""Of the measured model, by their names in config.json."""
+METHODS = ("gptq", "awq")
+"""Formats that are named for how their weights are made."""
 
 
 def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -40,6 +53,8 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     rates = {v.name: _rates(found, v.name) for v in request.variants}
     left_out = [f"{name}: no point was measured" for name, rate in rates.items() if not rate]
     ran = {name: rate for name, rate in rates.items() if rate}
+    for name, why in _unlike(found).items():
+        left_out += [f"{name}: {why}"] if ran.pop(name, None) else []
     if found.stopped:
         short = [name for name, rate in ran.items() if set(ran.get(BASELINE, {})) - set(rate)]
         left_out += [f"{name}: not measured at every concurrency" for name in short]
@@ -73,8 +88,32 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     }
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
-    SpeedTable.model_validate(table)
+    try:
+        SpeedTable.model_validate(table)
+    except ValidationError as error:
+        raise HalfbyteError(f"no evidence: {problems(error)}") from None
     return table, left_out
+
+
+def _unlike(found: Measured) -> dict[str, str]:
+    """Configurations that no table with the others holds, and why: of another model, or BF16 as it is there already."""
+    named = {variant.name: variant for variant in found.request.variants}
+    shape, unlike = _shape(named[BASELINE]), {}
+    seen = {found.commands[BASELINE].value(KV_FLAG) or "auto"}
+    for name, variant in named.items():
+        if _shape(variant) != shape:
+            unlike[name] = "another model than the BF16 one"
+        elif name != BASELINE and format_of(variant.directory) is None:
+            cache = found.commands[name].value(KV_FLAG) or "auto"
+            if cache in seen and not extra_flags(found.commands[name], plain_command(found, variant)):
+                unlike[name] = f"BF16 with the KV cache {cache} is there already"
+            seen.add(cache)
+    return unlike
+
+
+def _shape(variant: Variant) -> list[Any]:
+    config = Checkpoint(variant.directory).config
+    return [config.get(key) for key in (*SIZES.values(), "num_attention_heads")]
 
 
 def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
@@ -90,11 +129,21 @@ def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
 
 
 def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
-    """Write the evidence file (JSON); returns what was left out of it."""
+    """Write the evidence file (JSON); returns what was left out of it. A bench that was stopped does not replace a file
+    of more rows."""
     table, left_out = evidence(found, result)
     make_directory(path.parent)
+    if found.stopped and _rows_there(path) > len(table["rows"]):
+        return [*left_out, "it holds more than was measured until now, and is kept as it was"]
     write_json(path, table)
     return left_out
+
+
+def _rows_there(path: Path) -> int:
+    try:
+        return len(read_table(path).rows) if path.is_file() else 0
+    except UsageError:
+        return 0
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
@@ -175,12 +224,10 @@ def kernel_name(platform: Platform, form: str, declared: str | None, logged: lis
 def _model(base: Variant, name: str) -> dict[str, Any]:
     checkpoint = Checkpoint(base.directory)
     config = checkpoint.config
-    sizes = {"hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "vocab_size": "vocab_size"}
-    sizes["blocks"] = "num_hidden_layers"
     return {
         "name": name,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
-        **{ours: config.get(theirs) for ours, theirs in sizes.items()},
+        **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
     }
 
 
@@ -192,4 +239,4 @@ def _recipe(directory: Path, form: str, declared: str | None) -> Mapping[str, An
         config = Checkpoint(directory).config.get("quantization_config", {})
     if "nvfp4" in str(declared).casefold():
         return {"method": "nvfp4", "group_size": NVFP4_BLOCK}
-    return {"method": form, "group_size": config["group_size"]} if "group_size" in config else {"method": form}
+    return {"method": form if form in METHODS else "", "group_size": config.get("group_size")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def nearness(platform: Platform) -> int:
     named = device_name()
     if named is None:
         return int(any(Path(node).exists() for maker, node in NODES.items() if platform.maker in ("", maker)))
-    if not platform.device or platform.device in named:
+    if not platform.device or re.search(rf"\b{re.escape(platform.device)}\b", named):
         return 2
     return int(platform.maker in named)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.artifact import work_of
+from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, STABILITY, Measured, Variant
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.stability import judge
 from halfbyte.files import portable, write_json
+from halfbyte.models.checkpoint import read_json
 from halfbyte.serving import ServeCommand
 from halfbyte.serving.bench import LATENCIES, OK, PERCENTILES
 
@@ -60,6 +62,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "commands": {name: portable_command(found.commands[name]).shell() for name in names},
         "notes": found.notes,
         "stopped": found.stopped,
+        "runs_done": sum(job.result is not None for job in found.jobs),
         "text": [*sentences(points), *_stopped(found)],
         "seconds": round(found.seconds, 2),
         "confidence": CONFIDENCE,
@@ -84,12 +87,23 @@ def _work(found: Measured) -> str | None:
 
 
 def write_bench(output: Path, found: Measured) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Write bench.json, and stability.json where it was asked for; returns both."""
+    """Write bench.json, and stability.json where it was asked for; returns both. A bench that was stopped does not
+    replace a file that tells more."""
     result, stable = bench_result(found), stability_result(found)
-    write_json(output / BENCH, result)
+    before = _before(output / BENCH)
+    if not (found.stopped and before and before.get("runs_done", len(found.jobs)) > result["runs_done"]):
+        write_json(output / BENCH, result)
     if stable is not None:
         write_json(output / STABLE, stable)
     return result, stable
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """What is there; {} where nothing is, or nothing that can be read."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except HalfbyteError:
+        return {}
 
 
 def summary(runs: Sequence[Mapping[str, Any]], repeats: int) -> dict[str, Any]:
@@ -129,7 +143,8 @@ def sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
 def _stopped(found: Measured) -> list[str]:
     done = sum(job.result is not None for job in found.jobs)
     left = f"{found.stopped}: {done} of {len(found.jobs)} runs were done; the same command goes on where it was"
-    return [left] if found.stopped else []
+    unseen = stability_result(found) is None and found.request.watch is not None
+    return [left + (", stability not looked at" if unseen else "")] if found.stopped else []
 
 
 def portable_command(command: ServeCommand) -> ServeCommand:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-from halfbyte.models import family_of
+from halfbyte.errors import UsageError
+from halfbyte.models import FAMILIES, family_of
 from halfbyte.models.checkpoint import read_json
 from halfbyte.plan.memory import KVShape
 from halfbyte.plan.windows import windows
@@ -64,6 +65,11 @@ def devices(command: ServeCommand) -> int:
 def space_words(command: ServeCommand, directory: Path, tokens: int) -> tuple[str, ...]:
     """Words for vLLM: a KV cache of so many tokens, and no more of the device."""
     config = read_json(directory / "config.json")
+    if config.get("model_type") not in FAMILIES:
+        raise UsageError(
+            f"how large the KV cache of {directory} must be is not known ({config.get('model_type')}): load its "
+            "servers one by one, without --together"
+        )
     shared = _number(command, "--tensor-parallel-size", "-tp")
     space = tokens * token_bytes(config, command.value(KV_FLAG) or "auto", shared)
     return (SPACE_FLAG, str(space), *SHARE)

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -38,8 +38,8 @@ from halfbyte.evaluate.speed_room import SHARE, SPACE_FLAG, Lane, devices, lanes
 from halfbyte.evaluate.stability import observe
 from halfbyte.files import locked, make_directory, write_json
 from halfbyte.models.checkpoint import read_json
-from halfbyte.serving import Server, VllmInstall
-from halfbyte.serving.bench import QUIETLY, Loader, ended, failure, run_load
+from halfbyte.serving import ServeCommand, Server, VllmInstall
+from halfbyte.serving.bench import CRASHED, OUT_OF_MEMORY, QUIETLY, Loader, ended, failure, run_load
 from halfbyte.serving.bench_memory import PeakMemory, reader
 from halfbyte.serving.cards import on_cards
 from halfbyte.serving.process import START_TIMEOUT_S
@@ -47,6 +47,7 @@ from halfbyte.types import Progress, Quiet
 
 ANYWHERE = Lane((), 0)
 """Of a server that has its devices for itself."""
+POLL_S = 0.2
 INTERRUPTED, OVER = "interrupted", "the time was over"
 
 
@@ -69,6 +70,9 @@ def measure(
     context, fewer than two repeats), HalfbyteError where `output` cannot be written.
     """
     started = time.monotonic()
+    if request.together > 1 and not request.platform.capabilities.accelerator:
+        request = replace(request, together=1)
+        (progress or Quiet()).say("servers are loaded one by one where there is no GPU")
     _refuse(request)
     with locked(output):
         if force:
@@ -95,6 +99,14 @@ def measure(
     return found
 
 
+def _stop(servers: Mapping[str, Server]) -> None:
+    """End servers, all at once."""
+    them = list(servers.values())
+    if them:
+        with ThreadPoolExecutor(len(them)) as pool:
+            list(pool.map(Server.stop, them))
+
+
 def _refuse(request: BenchRequest) -> None:
     names = [variant.name for variant in request.variants]
     if len(set(names)) < len(names):
@@ -104,9 +116,9 @@ def _refuse(request: BenchRequest) -> None:
     if not 1 <= request.turns <= request.repeats:
         raise UsageError(f"{request.turns} turns want as many repeats: ask for --repeats {max(2, request.turns)}")
     if request.together > 1:
-        ours = [flag for flag in (SPACE_FLAG, SHARE[0]) if any(w.partition("=")[0] == flag for w in _words(request))]
-        if ours:
-            raise UsageError(f"servers that are loaded together get their memory from the load: leave out {ours[0]}")
+        said = ServeCommand(["vllm", "serve", "", *_words(request)]).flags()
+        if ours := [flag for flag in (SPACE_FLAG, SHARE[0], "--port") if flag in said]:
+            raise UsageError(f"servers that are loaded together get memory and ports of their own: leave out {ours[0]}")
     limit = context_limit([variant.directory for variant in request.variants])
     if limit is not None and request.context > limit:
         raise UsageError(
@@ -178,11 +190,13 @@ class _Work:
         request, commands = self.found.request, self.found.commands
         if request.together == 1 or len(names) < 2:
             return {ANYWHERE: list(names[:1])} if names else {}
-        them = lanes(request.platform, max(devices(commands[name]) for name in names))
         alone = names[0] in self.crowded
         able = [name for name in names if (name in self.crowded) == alone]
         directories = {variant.name: variant.directory for variant in request.variants}
         sizes = [taken(commands[name], directories[name]) for name in able]
+        them = lanes(request.platform, max(devices(commands[name]) for name in names))
+        freest = max(them, key=lambda lane: lane.free)
+        them = [lane for lane in them if lane is freest or lane.free >= max(sizes)]  # others' programs fill the rest
         dealt = spread(able, sizes, [lane.free for lane in them], 1 if alone else request.together)
         return {lane: own for lane, own in zip(them, dealt) if own}
 
@@ -191,60 +205,72 @@ class _Work:
         other. Returns the runs that are left."""
         with ExitStack() as stack:
             loaders = {lane: stack.enter_context(Loader(self.found.install)) for lane in batch}
-            ready = self._started(batch, stack)
-            them = [job for job in jobs if job.variant.name in ready]
-            if not them:
-                return list(jobs)
-            names = [name for name in ready if any(job.variant.name == name for job in them)]
+            servers: dict[str, Server] = {}
+            stack.callback(_stop, servers)
+            self._start(batch, servers)
+            them = [job for job in jobs if job.variant.name in servers]
+            left = [job for job in jobs if job.variant.name not in servers]
+            if not them or self._late():
+                return left + them
+            names = dict.fromkeys(job.variant.name for job in them)
             self.progress.start(f"measuring {', '.join(names)}", len(them))
 
             def lane_of(lane: Lane) -> list[Job]:
                 undone = []
                 for name in batch[lane]:
-                    if name in ready:
+                    if name in servers:
                         mine = [job for job in them if job.variant.name == name]
-                        undone += self._serve(ready[name], loaders[lane], mine)
-                        ready[name].stop()
+                        undone += self._serve(servers[name], loaders[lane], mine, beside=len(batch[lane]) > 1)
+                        servers[name].stop()
                 return undone
 
-            others = [job for job in jobs if job.variant.name not in ready]
             if len(batch) == 1:
-                return others + lane_of(next(iter(batch)))
+                return left + lane_of(next(iter(batch)))
             with ThreadPoolExecutor(len(batch)) as pool:
                 try:
-                    return others + [job for undone in pool.map(lane_of, batch) for job in undone]
+                    return left + [job for undone in pool.map(lane_of, batch) for job in undone]
                 except BaseException:
                     self.over = True  # what ends now says nothing
-                    for server in ready.values():
-                        server.stop()
+                    _stop(servers)
                     raise
 
-    def _started(self, batch: Mapping[Lane, Sequence[str]], stack: ExitStack) -> dict[str, Server]:
-        """Those of the servers that are ready; why the others are not is kept."""
-        servers: dict[str, Server] = {}
+    def _start(self, batch: Mapping[Lane, Sequence[str]], servers: dict[str, Server]) -> None:
+        """Begin the servers and wait until each is ready, or has failed: that one is taken out, and why is kept."""
         for lane, names in batch.items():
             for name in names:
                 servers[name] = self._server(name, lane, {server.port for server in servers.values()})
-                stack.callback(servers[name].stop)
                 servers[name].begin()
-        if len(servers) > 1:
-            cards = f" on {sum(len(lane.cards) for lane in batch)} GPUs" if len(batch) > 1 else ""
-            self.progress.say(f"loading {len(servers)} servers at once{cards}: {', '.join(servers)}")
-        crowd = [name for names in batch.values() if len(names) > 1 for name in names]
-        for name, server in list(servers.items()):
-            try:
-                server.await_ready()
-            except HalfbyteError as error:
-                server.stop()
-                del servers[name]
-                if self._late():
-                    continue
-                if name in crowd:
-                    self.crowded.add(name)
-                else:
-                    reason = str(error).removeprefix("vLLM failed: ")
-                    self.broken[name] = {"status": ended(str(error)), "reason": reason}
-        return servers
+        if len(servers) == 1:
+            self._ready(next(iter(servers)), servers, Server.await_ready, alone=True)
+            return
+        cards = f" on {sum(len(lane.cards) for lane in batch)} GPUs" if len(batch) > 1 else ""
+        self.progress.say(f"loading {len(servers)} servers at once{cards}: {', '.join(servers)}")
+        self.progress.start("starting vLLM", len(servers))
+        alone = {name: len(names) == 1 for names in batch.values() for name in names}
+        waiting = list(servers)
+        while waiting:
+            for name in list(waiting):
+                if self._ready(name, servers, Server.is_ready, alone=alone[name]):
+                    waiting.remove(name)
+                    self.progress.advance(1, f"{name}: {'ready' if name in servers else 'failed'}")
+            time.sleep(POLL_S)
+
+    def _ready(
+        self, name: str, servers: dict[str, Server], ask: Callable[[Server], bool | None], *, alone: bool
+    ) -> bool:
+        """Whether a server needs no more waiting for. One that failed beside others is tried alone."""
+        try:
+            return ask(servers[name]) is not False
+        except HalfbyteError as error:
+            servers.pop(name).stop()
+            if self._late():
+                return True
+            if alone:
+                reason = str(error).removeprefix("vLLM failed: ")
+                self.broken[name] = {"status": ended(str(error)), "reason": reason}
+            else:
+                self.crowded.add(name)
+            return True
 
     def _server(self, name: str, lane: Lane, ports: Collection[int]) -> Server:
         """A server on those devices, with a port that is none of those."""
@@ -258,8 +284,9 @@ class _Work:
             if server.port not in ports:
                 return server
 
-    def _serve(self, server: Server, loader: Loader, jobs: list[Job]) -> list[Job]:
-        """Do runs until none is left or the server has ended; returns those left. What failed is not repeated."""
+    def _serve(self, server: Server, loader: Loader, jobs: list[Job], *, beside: bool) -> list[Job]:
+        """Do runs until none is left or the server has ended; returns those left. What failed is not repeated, but for
+        the run of a server that ended beside others: they may have ended it, so it is tried alone."""
         shared = self.found.request.together > 1
         read = reader(self.found.request.platform.capabilities.accelerator, server.pid)
         warm: set[str] = set()
@@ -268,6 +295,9 @@ class _Work:
                 job = jobs[0]
                 result = self._run(server, loader, job, warm)
                 if self.over:
+                    break
+                if beside and result["status"] in (OUT_OF_MEMORY, CRASHED):
+                    self.crowded.add(job.variant.name)
                     break
                 jobs.pop(0)
                 facts = server.facts

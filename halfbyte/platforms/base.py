@@ -30,9 +30,19 @@ class Evidence(Data):
     date: datetime.date = Field(description="the day it was recorded here")
     shape: str = Field("", description="model shape and workload, where measured")
     note: str = ""
+    device: str = Field("", description="the platform that it was measured on, where that is another")
 
     def __str__(self) -> str:
-        return f"{self.kind}{', vLLM ' + self.vllm if self.vllm else ''}, {self.date}"
+        where = f" on {self.device}" if self.device else ""
+        return f"{self.kind}{where}{', vLLM ' + self.vllm if self.vllm else ''}, {self.date}"
+
+
+def measured_on(tree: Any, name: str) -> Any:
+    """A platform's data with that name in everything that was measured there: for another one that takes it over."""
+    if isinstance(tree, Mapping):
+        known = {"device": tree.get("device") or name} if tree.get("kind") == "measured" and "date" in tree else {}
+        return {**{key: measured_on(value, name) for key, value in tree.items()}, **known}
+    return [measured_on(value, name) for value in tree] if isinstance(tree, list) else tree
 
 
 def within(since: str, version: str, before: str) -> bool:

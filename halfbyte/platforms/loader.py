@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from halfbyte.errors import UsageError
-from halfbyte.platforms.base import merged, version_tuple, within
+from halfbyte.platforms.base import measured_on, merged, version_tuple, within
 from halfbyte.platforms.evidence import load_evidence, parse_mapping, problems
 from halfbyte.platforms.schema import Platform, Quirk, VllmFacts
 
@@ -67,7 +67,9 @@ def _from_file(path: Path) -> Platform:
 def _validated(tree: dict[str, Any], source: str) -> Platform:
     base = tree.pop("like", None)
     if base is not None:
-        tree = merged(_known(str(base)).model_dump(mode="json", exclude={"speed", "ranked_by"}), tree)
+        parent = _known(str(base))
+        theirs = parent.model_dump(mode="json", exclude={"speed", "ranked_by"})
+        tree = merged(measured_on(theirs, parent.name), tree)
     try:
         return Platform.model_validate(tree)
     except ValidationError as error:

@@ -117,7 +117,14 @@ class SpeedTable(Data):
         if self.prefill:
             work += f"; prefill is {self.prefill.prompts} prompts of {self.prefill.tokens}"
         shape = f"{self.model.name}, {work}"
-        return Evidence(kind="measured", vllm=self.vllm, date=self.date, shape=shape, note=self.note)
+        return Evidence(
+            kind="measured",
+            vllm=self.vllm,
+            date=self.date,
+            shape=shape,
+            note=self.note,
+            device=self.device if self.lent else "",
+        )
 
     @property
     def _baselines(self) -> list[SpeedRow]:

@@ -10,6 +10,7 @@ from halfbyte.report.plots import limit_number
 from halfbyte.report.quality import level
 from halfbyte.report.sources import Sources
 from halfbyte.report.words import (
+    MISSING,
     between,
     change,
     command,
@@ -135,7 +136,7 @@ def _throughput(points: list[dict[str, Any]]) -> Block:
 def _rate(side: dict[str, Any]) -> Cell:
     status = text(side.get("status"), "ok")
     if status != "ok":
-        return Cell(status, status="failed", note=text(side.get("reason"), ""))
+        return Cell(status, status="" if status == MISSING else "failed", note=text(side.get("reason"), ""))
     return Cell(
         shown(side.get("output_tokens_per_second"), count),
         note=between(side.get("output_tokens_per_second"), count).replace("–", ""),

@@ -129,31 +129,33 @@ class Server:
             self._child = Child(self.command.argv, self.env, log, GRACE_S, without=(API_KEY,))
 
     def await_ready(self) -> None:
-        """Wait for a server that was begun; `load_seconds` is then how long it took."""
-        self._await_health(self._began + self.timeout)
-        self.load_seconds = time.monotonic() - self._began
-
-    def _await_health(self, deadline: float) -> None:
+        """Wait for a server that was begun."""
         self.progress.start("starting vLLM", len(STAGES) + 1)
         reached, pause = 0, _POLL_S[0]
-        with httpx.Client(trust_env=False, timeout=5.0) as http:
-            while True:
-                if not self.running:
-                    raise self.failure()
-                if _answers(http, f"{self.url}/health"):
-                    self.progress.advance(len(STAGES) + 1 - reached, "ready")
-                    return
-                now = stages_reached(self._said())
-                if now > reached:
-                    self.progress.advance(now - reached, STAGES[now - 1][1])
-                    reached = now
-                if time.monotonic() > deadline:
-                    last = root_error(self._said())
-                    raise HalfbyteError(
-                        f"vLLM did not answer within {self.timeout:.0f} s; its last word: {last} (log: {self.log_path})"
-                    )
-                time.sleep(pause)
-                pause = min(pause * 1.5, _POLL_S[1])
+        while not self.is_ready():
+            now = stages_reached(self._said())
+            if now > reached:
+                self.progress.advance(now - reached, STAGES[now - 1][1])
+                reached = now
+            time.sleep(pause)
+            pause = min(pause * 1.5, _POLL_S[1])
+        self.progress.advance(len(STAGES) + 1 - reached, "ready")
+
+    def is_ready(self) -> bool:
+        """Whether a server that was begun answers; `load_seconds` is then how long it took. Raises HalfbyteError where
+        it ended, or `timeout` is over."""
+        if not self.running:
+            raise self.failure()
+        waited = time.monotonic() - self._began
+        if _answers(f"{self.url}/health"):
+            self.load_seconds = self.load_seconds or waited
+            return True
+        if waited > self.timeout:
+            last = root_error(self._said())
+            raise HalfbyteError(
+                f"vLLM did not answer within {self.timeout:.0f} s; its last word: {last} (log: {self.log_path})"
+            )
+        return False
 
     def _said(self) -> str:
         """The log without the command that heads it."""
@@ -195,9 +197,9 @@ def require_free_port(host: str, port: int) -> None:
             raise UsageError(f"{port} is no port: choose one from 1 to 65535 with --port") from None
 
 
-def _answers(http: httpx.Client, url: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        return http.get(url).status_code == 200
+        return httpx.get(url, trust_env=False, timeout=5.0).status_code == 200
     except httpx.HTTPError:
         return False
 

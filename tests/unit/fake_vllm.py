@@ -69,8 +69,8 @@ if sys.argv[1] == "bench":
     bench(sys.argv[3:])
     sys.exit()
 directory, port = sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1])
-print("INFO 11-24 00:44:05 [model.py:733] Resolved architecture: Fake", flush=True)
 print("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+print("INFO 11-24 00:44:05 [model.py:733] Resolved architecture: Fake", flush=True)
 life = "import signal, time; signal.signal(signal.SIGTERM, signal.{{}}); time.sleep(600)"
 life = life.format("SIG_IGN" if mode in ("stubborn", "hang") else "SIG_DFL")
 child = subprocess.Popen([sys.executable, "-IS", "-c", life], start_new_session=True)

@@ -225,9 +225,7 @@ def test_a_bench_measures_the_first_artifacts_kernels_before_other_caches(tmp_pa
     h200, install = load_platform("h200"), replace(find_vllm(str(make_fake(tmp_path / "env"))), version="0.26.0")
     models = {name: serving.made(name, "random:tiny", None, tmp_path) for name in ("bf16", "nvfp4", "gptq")}
     args = bench.parse(["-o", str(tmp_path), "--levels", "1,4"])
-    evidence = load_platform("h100").speed
     for platform, first in ((h200.model_copy(update={"speed": ()}), "humming"), (load_platform("h100"), "marlin")):
-        assert platform.speed == (evidence if platform.name == "h100" else ())
         found = bench.configs_by_step(models, args, platform, install)
         names = {step: [text.partition(":")[0] for text in texts] for step, texts in found.items()}
         own = [f"nvfp4-{first}-auto", f"nvfp4-{first}-fp8"]
@@ -667,7 +665,7 @@ def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
     assert lines[1] == "|  | 1 | 2 | prefill |" and lines[3].startswith("| BF16 | 100 | 200 | ")
     assert lines[4].startswith("| gptq | 170 (1.70x)") and lines[6].startswith("gptq, tune: ")
     assert lines[5].startswith("| gptq-slow-auto | 85 (0.85x)")
-    table = read_table(tmp_path / "out" / "evidence.json")
+    table = read_table(tmp_path / "out" / "bench-evidence.json")
     assert [row.method for row in table.rows] == ["bf16", "gptq", "gptq"] and table.rows[1].group_size == 128
     assert again("--seconds", "0")["rows"] == result["rows"]
     rows = again("--seconds", "500")["rows"]

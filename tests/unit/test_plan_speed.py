@@ -201,4 +201,6 @@ def test_a_platform_may_be_ranked_by_another() -> None:
         assert command.value("--linear-backend") == "humming"
         (note,) = (note for note in command.notes if note.startswith("kernel"))
         assert "by a measurement on h100; what it gains here is not known" in note and "x the speed" not in note
-    assert (h200.name, h200.memory_gib, h200.roofline) == ("h200", 139.8, h100.roofline)
+    assert h200.roofline and h100.roofline and h200.roofline.kernels == h100.roofline.kernels
+    assert str(h200.roofline.evidence) == "assumed, 2026-11-30", "its efficiencies are the H100's"
+    assert str(h200.support("gptq").evidence).startswith("measured on h100, ")

@@ -268,7 +268,10 @@ def test_a_platform_of_the_users_own(tmp_path):
     file.write_text("like: h100\nname: mine\nmemory_gib: 141\nbandwidth_gbs: 4800\ncapabilities: {fp4_gemm: true}\n")
     mine, base = load_platform(str(file)), load_platform("h100")
     assert (mine.name, mine.memory_gib, mine.capabilities.fp4_gemm) == ("mine", 141, True)
-    assert mine.formats == base.formats and mine.capabilities.fp8_kv and mine.speed == ()
+    assert mine.formats.keys() == base.formats.keys() and mine.capabilities.fp8_kv and mine.speed == ()
+    (claim, other) = (platform.support("gptq").evidence for platform in (mine, base))
+    assert claim == other.model_copy(update={"device": "h100"}) and str(claim).startswith("measured on h100, vLLM ")
+    assert mine.hardware.device == "" and mine.hardware.kind == "source", "a data sheet is of no machine"
     for version, activations in (("0.26.0", "fp4"), ("0.32.0", "bf16")):
         one = mine.model_copy(update={"vllm": version})
         assert choose([4096], [one], [64]).recipe.activations == activations, "what the data warns of is not declared"

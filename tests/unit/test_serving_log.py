@@ -71,7 +71,7 @@ def test_an_error_that_says_nothing_on_its_line_is_told_by_the_next():
         "(APIServer pid=2) RuntimeError: \n(APIServer pid=2)         An attempt has been made\n(APIServer pid=2) rest\n"
     )
     assert root_error(log) == "RuntimeError: An attempt has been made"
-    assert root_error("RuntimeError:") == "RuntimeError:"
+    assert root_error("RuntimeError: \n\n") == "RuntimeError:"
 
 
 def test_without_an_error_the_last_line_is_told():

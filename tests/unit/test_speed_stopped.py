@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from halfbyte.evaluate.speed_evidence import write_evidence
 from halfbyte.evaluate.speed_result import bench_result, write_bench
 from halfbyte.evaluate.speed_runs import INTERRUPTED, OVER, measure
 from halfbyte.evaluate.stability import Watch
+from halfbyte.experiments.gate_kinds import parse_gate
+from halfbyte.experiments.gate_readers import read
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
 from halfbyte.serving import find_vllm
@@ -81,6 +84,28 @@ def test_what_was_measured_before_an_interrupt_is_told(install: Any, models: Any
     after = [(models[index] / "benched").read_text().count("\n") for index in (0, 1)]
     assert not whole.stopped and [b - a for a, b in zip(before, after)] == [0, 2], "only what was left is done"
     assert write_evidence(tmp_path / "evidence.json", whole, bench_result(whole)) == []
+
+
+def test_a_stopped_bench_does_not_replace_what_tells_more(install: Any, models: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = measure(asked(models), out, install)
+    whole, _ = write_bench(out, found)
+    assert write_evidence(out / "evidence.json", found, whole) == []
+    rows = len(read_table(out / "evidence.json").rows)
+    cut = measure(asked(models, seed=1), out, install, progress=Stopper(2), partial=True)
+    result, _ = write_bench(out, cut)
+    assert result["runs_done"] == 2 and json.loads((out / "bench.json").read_text()) == whole
+    more = measure(asked(models, seed=1), out, install, progress=Stopper(7), partial=True)
+    left_out = write_evidence(out / "evidence.json", more, bench_result(more))
+    assert left_out[-1].endswith("is kept as it was") and len(read_table(out / "evidence.json").rows) == rows
+    (out / "bench.json").write_text("{")
+    write_bench(out, cut)
+    assert json.loads((out / "bench.json").read_text()) == result
+    gate = parse_gate("speed@1=+20%")
+    absent = {**result, "points": [{"concurrency": 1, "model": {"status": "not measured"}, "baseline": {}}]}
+    broken = {**result, "points": [{"concurrency": 1, "model": {"status": "crashed"}, "baseline": {}}]}
+    for tree, passed in ((absent, None), (broken, False)):
+        assert [read(gate, part, {"bench.json": tree}).passed for part in gate.kind.pieces().values()] == [passed]
 
 
 def test_no_run_begins_after_the_time(install: Any, models: Any, tmp_path: Path, monkeypatch: Any) -> None:

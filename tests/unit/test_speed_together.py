@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from halfbyte.serving.bench import Load
 from tests.tiny import make_tiny
 from tests.unit.artifacts import edit_json
 from tests.unit.fake_vllm import make_fake
-from tests.unit.test_serving_process import gone
+from tests.unit.test_serving_process import gone, pids
 from tests.unit.test_speed_stopped import Stopper
 
 H100 = load_platform("h100")
@@ -218,11 +220,92 @@ def test_a_server_that_found_no_room_beside_others_is_tried_alone(
     assert all("the weights are wrong" in job.result["reason"] for job in found.jobs if job.result) and found.jobs
 
 
+def test_a_server_that_its_neighbours_ended_is_tried_alone(
+    models: dict[str, Path], install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed while it waited: that is no result of its own."""
+    killed = []
+
+    class Killer(Told):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            if note.startswith("baseline, c1") and not killed:
+                killed.extend(pids(models["gptq"]))
+                os.kill(killed[0], signal.SIGKILL)
+
+    request = asked(models)
+    request = replace(request, variants=request.variants[:2])
+    found = measure(request, tmp_path / "out", install, progress=Killer())
+    assert killed and {job.result["status"] for job in found.jobs if job.result} == {"ok"} and not found.stopped
+    assert [len((models[name] / "starts").read_text().splitlines()) for name in (BASELINE, "gptq")] == [1, 2]
+
+
+def test_a_gpu_that_others_use_is_left_alone(
+    models: dict[str, Path], install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, [80 << 30, 1 << 30])
+    told = Told()
+    measure(asked(models, together=5), tmp_path / "out", install, progress=told)
+    assert told.said == ["loading 5 servers at once: baseline, model, slow, awq, bf16-auto"]
+
+
+def test_where_there_is_no_gpu_servers_are_loaded_one_by_one(
+    models: dict[str, Path], install: Any, tmp_path: Path
+) -> None:
+    told, cpu = Told(), load_platform("cpu")
+    request = BenchRequest(asked(models).variants[:2], cpu, (1,), 8, 4, 4, 2, together=2)
+    found = measure(request, tmp_path / "out", install, progress=told)
+    assert told.said == ["servers are loaded one by one where there is no GPU"]
+    assert all(entry["kv_cache_tokens"] for entry in bench_result(found)["memory"].values())
+
+
+@pytest.mark.parametrize(
+    "words", [("--port", "8000"), ("--gpu_memory_utilization=0.5",), ("--kv_cache_memory_bytes", "5")]
+)
+def test_words_that_servers_together_cannot_share(
+    models: dict[str, Path], install: Any, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError, match=f"leave out {words[0].partition('=')[0].replace('_', '-')}"):
+        measure(asked(models, extra=words), tmp_path / "out", install)
+
+
+def test_a_family_whose_cache_is_not_known(models: dict[str, Path], install: Any, tmp_path: Path) -> None:
+    edit_json(models[BASELINE] / "config.json", lambda tree: tree.update(model_type="stranger"))
+    with pytest.raises(UsageError, match=r"not known \(stranger\): load its servers one by one, without --together"):
+        measure(asked(models), tmp_path / "out", install)
+
+
+def test_evidence_holds_one_model_and_bf16_once_for_a_cache(
+    models: dict[str, Path], install: Any, tmp_path: Path
+) -> None:
+    """Another model, and BF16 twice, are measured, told, and no rows of it."""
+    small = make_tiny("llama", tmp_path / "small", num_hidden_layers=1)
+    more = (Variant("small", small, ("--kv-cache-dtype", "auto")), Variant("again", models[BASELINE], ("--seed", "0")))
+    again = Variant("same", models[BASELINE], ("--kv-cache-dtype", "fp8"))
+    request = asked(models)
+    request = replace(request, variants=(*request.variants[:2], *more, again))
+    found = measure(request, tmp_path / "out", install)
+    result = bench_result(found)
+    assert all(point["configs"][name]["status"] == "ok" for point in result["points"] for name in ("small", "same"))
+    assert write_evidence(tmp_path / "evidence.json", found, result) == [
+        "small: another model than the BF16 one",
+        "same: BF16 with the KV cache fp8 is there already",
+    ]
+    table = read_table(tmp_path / "evidence.json")
+    assert [(row.method, dict(row.flags)) for row in table.rows] == [
+        ("bf16", {}),
+        ("gptq", {}),
+        ("bf16", {"--seed": "0"}),
+    ]
+
+
 def test_a_config_may_be_another_model(models: dict[str, Path]) -> None:
     assert _config("a: --x 1") == ("a", None, ("--x", "1"))
     other = models["awq"]
     assert _config(f"a: {other} --x 1") == ("a", other, ("--x", "1")) and _config(f"a: {other}") == ("a", other, ())
     with pytest.raises(HalfbyteError, match="nowhere"):
         _config(f"a: {other}/nowhere")
-    with pytest.raises(UsageError, match="a model's directory"):
-        _config("a:")
+    for text in ("a:", "..: --x 1", "model: --x 1", "a: ''"):
+        with pytest.raises(UsageError, match="a model's directory"):
+            _config(text)
+    with pytest.raises(UsageError, match="no closing quotation"):
+        _config("a: 'x")
