@@ -28,15 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.common import (
     GIB,
-    Engine,
-    Work,
     card_gib,
     card_name,
     cards,
     count,
     counts,
     digest,
-    engine_words,
     loads_of,
     markdown,
     one_line,
@@ -44,9 +41,9 @@ from benchmarks.gpu.common import (
     parser_of,
     random_set,
     rate_words,
-    run_engines,
     say,
 )
+from benchmarks.gpu.engines import Engine, Work, engine_words, run_engines
 from benchmarks.gpu.served import DRY_TOKENS, dry_windows
 from benchmarks.gpu.shapes import random_model
 from halfbyte import sweep

@@ -2,7 +2,7 @@
 
     python offline.py SPEC.json
 
-Run by vLLM's own Python as a program of its own (see common.Engine); nothing of halfbyte is imported. SPEC names the
+Run by vLLM's own Python as a program of its own (see engines.Engine); nothing of halfbyte is imported. SPEC names the
 model, words as `vllm serve` takes them, the points [{name, prompts, input, output}], repeats, the vocabulary's size,
 `result` (JSON lines are added to it: one when the engine is ready, one for each point) and `go` (measuring begins when
 this file exists). Prompts are random token ids, others in each repeat; answers are greedy and of full length.

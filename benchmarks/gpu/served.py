@@ -37,7 +37,6 @@ from benchmarks.gpu.common import (
     cards,
     count,
     digest,
-    log_tail,
     markdown,
     on_card,
     one_line,
@@ -45,6 +44,7 @@ from benchmarks.gpu.common import (
     random_set,
     say,
 )
+from benchmarks.gpu.engines import log_tail
 from benchmarks.gpu.shapes import random_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.calibration import CalibrationSet

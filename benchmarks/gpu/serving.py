@@ -29,14 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.common import (
     GIB,
-    Engine,
-    Work,
     card_gib,
     card_name,
     cards,
     count,
     counts,
-    engine_words,
     loads_of,
     markdown,
     middle,
@@ -44,9 +41,9 @@ from benchmarks.gpu.common import (
     pair,
     parser_of,
     random_set,
-    run_engines,
     say,
 )
+from benchmarks.gpu.engines import Engine, Work, engine_words, run_engines
 from benchmarks.gpu.shapes import NAMES, Packing, config_of, is_random, packed_model, place_of, random_model
 from halfbyte import quantize
 from halfbyte.errors import UsageError

@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.gpu import bench, common, everything, matrix, quantize, served, serving, shapes
+from benchmarks.gpu import bench, engines, everything, matrix, quantize, served, serving, shapes
 from benchmarks.gpu.activations import distance, emulated, fp4_inputs, fp8_inputs, verdict
-from benchmarks.gpu.common import Engine, Work, cards, on_card, read_lines, rounds, run_engines
+from benchmarks.gpu.common import cards, on_card
+from benchmarks.gpu.engines import Engine, Work, read_lines, rounds, run_engines, run_place
 from benchmarks.gpu.shapes import packed_model, random_model
 from halfbyte.artifact import load_fake_quantized
 from halfbyte.errors import HalfbyteError, UsageError
@@ -497,8 +498,8 @@ def test_what_was_timed_is_taken_under_the_same_conditions_alone(
 ) -> None:
     points = [{"name": f"c{n}", "prompts": n, "input": 4, "output": 3} for n in (1, 2)]
     work, started = Work(points[:1], 2, 100), []
-    begin = common.start_round
-    monkeypatch.setattr(common, "start_round", lambda *words: started.append(words) or begin(*words))
+    begin = engines.start_round
+    monkeypatch.setattr(engines, "start_round", lambda *words: started.append(words) or begin(*words))
 
     def again(work: Work, install: VllmInstall = engine_program, **changes: Any) -> Engine:
         one = replace(engine("one", 1), **{"weights": "w", **changes})
@@ -518,7 +519,7 @@ def test_what_was_timed_is_taken_under_the_same_conditions_alone(
     again(work, words=("--kv-cache-dtype", "fp8"))
     again(replace(work, points=[{**points[0], "output": 5}]))
     assert len(started) == 7
-    monkeypatch.setattr(common, "card_name", lambda: "another GPU")
+    monkeypatch.setattr(engines, "card_name", lambda: "another GPU")
     again(work)
     assert len(started) == 8
 
@@ -528,7 +529,7 @@ def test_a_point_that_was_timed_stays_where_the_rest_is_cut_short(tmp_path: Path
     one, work = engine("one", 1), Work(points[:1], 2, 100)
     run_engines([one], work, engine_program, tmp_path, [""], gib=10, abreast=1)
     late = engine("one", 1)
-    with (common.run_place(one, work, engine_program, tmp_path) / "result.jsonl").open("a") as file:
+    with (run_place(one, work, engine_program, tmp_path) / "result.jsonl").open("a") as file:
         file.write('{"point": {"name": "c2"')
     run_engines([late], replace(work, points=points), engine_program, tmp_path, [""], gib=10, abreast=1, deadline=0.0)
     assert (late.status, late.seconds) == ("not run", one.seconds) and "time was over" in late.reason
@@ -543,7 +544,7 @@ def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def never(*_: Any) -> None:
         raise AssertionError("nothing is to be started")
 
-    return lambda: [monkeypatch.setattr(*one, never) for one in ((common, "start_round"), (served, "serve"))] and None
+    return lambda: [monkeypatch.setattr(*one, never) for one in ((engines, "start_round"), (served, "serve"))] and None
 
 
 def test_serving_says_why_there_is_no_evidence(
