@@ -287,18 +287,21 @@ def main() -> None:
         if args.one:
             print(json.dumps(peer_rows(args) if args.one == "peers" else one(args, args.one)))
             return
-        result = run_all(args)
-    print("\n".join(table(result)), flush=True)
+        result: dict[str, Any] = {"schema": 1, "kind": "gpu-quantize", "shape": args.shape, "rows": []}
+        try:
+            run_all(args, result)
+        finally:
+            if result["rows"]:
+                print("\n".join(table(result)), flush=True)
     sys.exit(1 if any("reason" in row or row["met"] is False for row in result["rows"]) else 0)
 
 
-def run_all(args: argparse.Namespace) -> dict[str, Any]:
-    """quantize.json, which is written after every run."""
+def run_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Fill the result with a row for every run; quantize.json is written after each."""
     cards(args.peer_gpu if args.peers and torch.cuda.is_available() else None)  # a wrong one is told before all else
     base = model_of(args, args.blocks)
     for run in args.peers:
         tokens(args, run, base)  # before two processes want them
-    result: dict[str, Any] = {"schema": 1, "kind": "gpu-quantize", "shape": args.shape, "rows": []}
     running = apart("peers") if args.peers and args.peer_gpu != "0" else None
     speed = rate(args.shape)
     result |= {"gpu": card_name(), "torch": torch.__version__, "bf16_tflops": speed / 1e12}
@@ -317,7 +320,6 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         keep([{"run": run, "who": OURS, **found, "floor": least}])
     failed = [{"run": run, "who": PEER, "reason": "it failed"} for run in args.peers]
     keep((told(running) or failed) if running else peer_rows(args))
-    return result
 
 
 def judged(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shape: str) -> dict[str, Any]:

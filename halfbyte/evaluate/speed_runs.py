@@ -166,7 +166,7 @@ class _Work:
         self.found, self.progress, self.deadline = found, progress, deadline
         self.broken: dict[str, dict[str, Any]] = {}
         self.crowded: set[str] = set()
-        """Servers that did not start beside others: they are tried alone."""
+        """Servers that did not start beside others, or ended there: they are tried alone."""
         self.over = False
         self.lock = Lock()
 
@@ -188,7 +188,7 @@ class _Work:
     def _batch(self, names: Sequence[str]) -> dict[Lane, list[str]]:
         """The next servers to load at once, by the devices that they share."""
         request, commands = self.found.request, self.found.commands
-        if request.together == 1 or len(names) < 2:
+        if request.together == 1 or not names:
             return {ANYWHERE: list(names[:1])} if names else {}
         alone = names[0] in self.crowded
         able = [name for name in names if (name in self.crowded) == alone]
@@ -248,7 +248,7 @@ class _Work:
         self.progress.start("starting vLLM", len(servers))
         alone = {name: len(names) == 1 for names in batch.values() for name in names}
         waiting = list(servers)
-        while waiting:
+        while waiting and not self._late():
             for name in list(waiting):
                 if self._ready(name, servers, Server.is_ready, alone=alone[name]):
                     waiting.remove(name)

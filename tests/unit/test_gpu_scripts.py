@@ -306,11 +306,13 @@ FIGURES = {"gptq": (1.8, 18.0), "awq": (0.7, 12.1), "nine": (3.7, 20.0), "nvfp4"
 
 
 def quantized(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **figures: Any) -> tuple[int, list[list[str]]]:
-    """quantize.py's exit status and table, where a GPU takes (seconds a block, GiB) or fails (None)."""
+    """quantize.py's exit status and table, where a GPU takes (seconds a block, GiB), fails (None) or is stopped."""
     script = quantize
     taken = {**FIGURES, **figures}
 
     def found(run: str) -> Any:
+        if taken[run] is KeyboardInterrupt:
+            raise KeyboardInterrupt
         facts = dict(zip(("block", "peak_gib"), taken[run] or ()))
         return {**facts, "hidden_gib": 1.0, "seconds": 19.0} if facts else None
 
@@ -330,6 +332,14 @@ def quantized(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **figures
     rows = json.loads((out / "quantize.json").read_text())
     table = script.table(rows)
     return int(ended.value.code or 0), [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[3:8]]
+
+
+def test_a_quantize_that_is_stopped_prints_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantized(tmp_path, monkeypatch, command=KeyboardInterrupt)[0] == 130
+    said = capsys.readouterr()
+    assert said.out.count("| halfbyte |") == 4 and said.err.endswith("quantize.py: stopped\n")
 
 
 def test_quantizing_is_held_against_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
