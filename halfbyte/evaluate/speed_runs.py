@@ -116,7 +116,8 @@ def _refuse(request: BenchRequest) -> None:
     if not 1 <= request.turns <= request.repeats:
         raise UsageError(f"{request.turns} turns want as many repeats: ask for --repeats {max(2, request.turns)}")
     if request.together > 1:
-        said = ServeCommand(["vllm", "serve", "", *_words(request)]).flags()
+        words = [word for variant in request.variants for word in variant.words]
+        said = ServeCommand(["vllm", "serve", "", *request.extra, *words]).flags()
         if ours := [flag for flag in (SPACE_FLAG, SHARE[0], "--port") if flag in said]:
             raise UsageError(f"servers that are loaded together get memory and ports of their own: leave out {ours[0]}")
     limit = context_limit([variant.directory for variant in request.variants])
@@ -125,10 +126,6 @@ def _refuse(request: BenchRequest) -> None:
             f"sequences of up to {request.context} tokens are asked for, and the model takes {limit}: "
             "ask for a smaller --input, --output, --prefill or --long"
         )
-
-
-def _words(request: BenchRequest) -> list[str]:
-    return [*request.extra, *(word for variant in request.variants for word in variant.words)]
 
 
 def _jobs(found: Measured) -> list[Job]:
@@ -165,8 +162,8 @@ class _Work:
     def __init__(self, found: Measured, progress: Progress, deadline: float) -> None:
         self.found, self.progress, self.deadline = found, progress, deadline
         self.broken: dict[str, dict[str, Any]] = {}
-        self.crowded: set[str] = set()
-        """Servers that did not start beside others, or ended there: they are tried alone."""
+        self.crowded: dict[str, str] = {}
+        """Servers that did not start beside others, and why, or that ended there (""): they are tried alone."""
         self.over = False
         self.lock = Lock()
 
@@ -258,18 +255,20 @@ class _Work:
     def _ready(
         self, name: str, servers: dict[str, Server], ask: Callable[[Server], bool | None], *, alone: bool
     ) -> bool:
-        """Whether a server needs no more waiting for. One that failed beside others is tried alone."""
+        """Whether a server needs no more waiting for. One that failed beside others is tried alone; where it then fails
+        in the same words, so do those that failed beside it in them."""
         try:
             return ask(servers[name]) is not False
         except HalfbyteError as error:
             servers.pop(name).stop()
             if self._late():
                 return True
-            if alone:
-                reason = str(error).removeprefix("vLLM failed: ")
-                self.broken[name] = {"status": ended(str(error)), "reason": reason}
-            else:
-                self.crowded.add(name)
+            told, cause = str(error).removeprefix("vLLM failed: "), str(error).partition(" (log: ")[0]
+            if not alone:
+                self.crowded[name] = cause
+                return True
+            same = [other for other, why in self.crowded.items() if why == cause]  # no neighbour is to blame
+            self.broken |= {other: {"status": ended(told), "reason": told} for other in (name, *same)}
             return True
 
     def _server(self, name: str, lane: Lane, ports: Collection[int]) -> Server:
@@ -297,7 +296,7 @@ class _Work:
                 if self.over:
                     break
                 if beside and result["status"] in (OUT_OF_MEMORY, CRASHED):
-                    self.crowded.add(job.variant.name)
+                    self.crowded[job.variant.name] = ""
                     break
                 jobs.pop(0)
                 facts = server.facts

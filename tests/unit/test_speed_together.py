@@ -217,6 +217,8 @@ def test_a_server_that_found_no_room_beside_others_is_tried_alone(
     assert [len((models[name] / "starts").read_text().splitlines()) for name in (BASELINE, "gptq")] == [2, 2]
     monkeypatch.setenv("FAKE", "die")
     found = measure(request, tmp_path / "out", install, force=True)
+    starts = [len((models[name] / "starts").read_text().splitlines()) - 2 for name in (BASELINE, "gptq")]
+    assert starts == [2, 1], "the same words, beside others and alone: the next one is not tried again"
     assert all("the weights are wrong" in job.result["reason"] for job in found.jobs if job.result) and found.jobs
 
 
