@@ -65,7 +65,7 @@ def test_a_bench_that_is_stopped_tells_what_there_is(
     monkeypatch.setenv("FAKE", "ok")
     assert halfbyte("bench", artifact, *words, "--seconds", 600) == 0
     assert "were done" not in capsys.readouterr().out and file.is_file()
-    monkeypatch.setattr("halfbyte.evaluate.speed_runs._Work.sit", lambda *_: interrupt())
+    monkeypatch.setattr("halfbyte.evaluate.speed_work.Work.sit", lambda *_: interrupt())
     assert halfbyte("bench", artifact, *words, "--force") == 1
     said = capsys.readouterr()
     assert "Interrupted: 0 of 4 runs" in said.out and "interrupted; the same command goes on" in said.err
