@@ -101,6 +101,7 @@ def bench(
     from halfbyte.evaluate.speed_result import write_bench
     from halfbyte.evaluate.speed_runs import INTERRUPTED, measure
     from halfbyte.evaluate.stability import Watch
+    from halfbyte.models import Checkpoint
     from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
 
@@ -114,6 +115,8 @@ def bench(
         measured_here([platform], shown)
         reference = None if alone else _baseline(directory, baseline, shown)
         first = [Variant(BASELINE, reference)] if reference else []
+        for model in (reference, directory, *(other for _, other, _ in configs)):
+            Checkpoint(model or directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
         others = [Variant(name, other or directory, words) for name, other, words in configs]
         variants = (*first, Variant(MODEL, directory), *others)
         request = BenchRequest(
@@ -141,8 +144,8 @@ def bench(
             evidence, problem = None, error
     value: dict[str, Any] = {**result, "stability": stable}
     command, more = ("serve", f" --evidence {evidence}") if evidence else ("tune", "")
-    follow = f"next: halfbyte {command} {directory} --on {on} --concurrency {max(levels)}{more}"
-    emit(value, style, f"{bench_words(output, value, evidence, left_out)}\n{follow}")
+    follow = f"\nnext: halfbyte {command} {directory} --on {on} --concurrency {max(levels)}{more}"
+    emit(value, style, bench_words(output, value, evidence, left_out) + ("" if found.stopped else follow))
     if found.stopped == INTERRUPTED:
         if problem is not None:
             typer.echo(f"halfbyte: {problem}", err=True)
@@ -180,7 +183,7 @@ def tune(
     from halfbyte.platforms import load_platform
     from halfbyte.serving import find_vllm
 
-    Checkpoint(directory)
+    Checkpoint(directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
     output = into or beside(directory)
     request = BenchRequest(
         (),

@@ -110,6 +110,7 @@ def plan(
     from halfbyte.models import cache_dir, resolve_model
     from halfbyte.plan import make_plan, open_for_plan, render_plan, spell, variant_of
     from halfbyte.platforms import facts_for, load_platform
+    from halfbyte.platforms.evidence import unused
     from halfbyte.recipe import Recipe
     from halfbyte.serving import serve_command
 
@@ -117,6 +118,8 @@ def plan(
     stated = [g for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS]
     budgets = {g.name: g.limit for g in stated}
     platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
+    for note in unused(evidence or [], platforms):
+        typer.echo(f"note: {note}", err=True)
     if vllm_version:
         facts_for(vllm_version)
         platforms = [p.model_copy(update={"vllm": vllm_version}) for p in platforms]
@@ -133,7 +136,7 @@ def plan(
 
         result = make_plan(checkpoint, chosen, platforms, context, levels, bool(text), command, gates=budgets, tp=tp)
     result["model"] = {"name": model, **result["model"]}
-    words = [word for name in on for word in ("--on", name)]
+    words = [word for name in dict.fromkeys(on) for word in ("--on", name)]
     beyond_run = gate or evidence or vllm_version or tp > 1 or len(levels or []) > 1
     words += ["-r", recipe] if recipe else spell(Recipe.model_validate(result["recipe"])) if beyond_run else []
     words += [word for value in override or [] for word in ("--set", value)]

@@ -35,7 +35,7 @@ def serve(
     from halfbyte.models import Checkpoint, cache_dir
     from halfbyte.plan.speed import Model, nearest_first
     from halfbyte.platforms import load_platform
-    from halfbyte.platforms.evidence import read_table
+    from halfbyte.platforms.evidence import read_table, unused
     from halfbyte.serving import find_vllm, run_in_place, serve_command
 
     known = [*(evidence or []), cache_dir() / "evidence"]
@@ -61,10 +61,16 @@ def serve(
         vllm_version=install.version if install and not only_print else next(iter(seen), None),
         size=size,
     )
-    for note in command.notes:
+    notes = [*unused(evidence or [], [platform]), *command.notes]
+    if only_print:
+        try:
+            checkpoint.tensors  # noqa: B018
+        except HalfbyteError as error:
+            notes.append(f"it cannot be served as it is: {error}")
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     if only_print:
-        value = {"argv": command.argv, "env": command.env, "notes": command.notes}
+        value = {"argv": command.argv, "env": command.env, "notes": notes}
         emit(value, style, command.shell())
         return
     checkpoint.tensors  # noqa: B018  a missing or truncated shard gets its one line here

@@ -41,7 +41,7 @@ def check_words(
     for found in result["findings"]:
         where = "" if found["message"].startswith(found["where"]) else found["where"]
         lines.append(": ".join(word for word in (found["code"], where, found["message"]) if word))
-    verdict = "is sound" if result["ok"] else f"is damaged ({len(lines)} findings)"
+    verdict = "is sound" if result["ok"] else f"is damaged ({len(lines)} finding{'s' * (len(lines) != 1)})"
     lines.append(f"{directory} {verdict}: {result['tensors']} tensors, {result['bytes'] / MIB:,.0f} MiB")
     if served is not None:
         lines.append(served_line(served))

@@ -18,7 +18,7 @@ from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import GIB, RATE, summary
 from halfbyte.evaluate.speed_room import SPACE_FLAG
-from halfbyte.evaluate.speed_stats import apart
+from halfbyte.evaluate.speed_stats import unsure
 from halfbyte.files import make_directory, refused, write_json
 from halfbyte.models import Checkpoint
 from halfbyte.platforms import Platform, SpeedTable
@@ -35,6 +35,8 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """Of the measured model, by their names in config.json."""
+OURS = ("--max-num-seqs", "--max-model-len", "--tensor-parallel-size", "--host", "--port")
+"""Flags that a command gets from what is asked of it."""
 METHODS = ("gptq", "awq")
 """Formats that are named for how their weights are made."""
 
@@ -81,7 +83,7 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "output_tokens": request.output_tokens,
         "note": f"vllm bench serve, median of {request.repeats}",
         "apart": {
-            str(level): max(apart([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
+            str(level): max(unsure([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
             for level in levels
         },
         "rows": _told_apart(rows, variants),
@@ -101,11 +103,14 @@ def _unlike(found: Measured) -> dict[str, str]:
     shape, unlike = _shape(named[BASELINE]), {}
     seen = {found.commands[BASELINE].value(KV_FLAG) or "auto"}
     for name, variant in named.items():
+        cache = found.commands[name].value(KV_FLAG) or "auto"
+        flags = extra_flags(found.commands[name], plain_command(found, variant))
         if _shape(variant) != shape:
             unlike[name] = "another model than the BF16 one"
-        elif name != BASELINE and format_of(variant.directory) is None:
-            cache = found.commands[name].value(KV_FLAG) or "auto"
-            if cache in seen and not extra_flags(found.commands[name], plain_command(found, variant)):
+        elif ours := [flag for flag in flags if flag in OURS]:
+            unlike[name] = f"{ours[0]} is said by plan and serve themselves"
+        elif name != BASELINE and format_of(variant.directory) is None and not flags:
+            if cache in seen:
                 unlike[name] = f"BF16 with the KV cache {cache} is there already"
             seen.add(cache)
     return unlike

@@ -47,8 +47,7 @@ def measured_here(platforms: Sequence[Platform], progress: Progress) -> Platform
     if not nearness(best):
         names = " and ".join(platform.name for platform in platforms)
         raise HalfbyteError(
-            f"this machine ({hardware(True)}) is not {names}: measure there (halfbyte bench DIR --on {best.name}), or "
-            "name with --on what this machine is"
+            f"this machine ({hardware(True)}) is not {names}: measure there, or name with --on what this machine is"
         )
     if nearness(best) == 1:
         progress.say(f"measured on {hardware(True)}, not on {best.name}: it is served with the flags of that")

@@ -44,6 +44,13 @@ def apart(values: Sequence[float]) -> float:
     return round(max(values) / min(values) - 1, 4)
 
 
+def unsure(values: Sequence[float]) -> float:
+    """By how much another median must differ to be told from theirs: as far as they lie apart, and not within the
+    interval of their own; 0.1 is 10 %."""
+    interval = median_interval(values)
+    return max(apart(values), round(interval["high"] / interval["value"] - 1, 4))
+
+
 def _error(values: Sequence[float]) -> float:
     """The standard error of the median of the logarithms."""
     return MEDIAN_FACTOR * statistics.stdev(map(math.log, values)) / math.sqrt(len(values))

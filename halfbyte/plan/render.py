@@ -130,8 +130,11 @@ def _speed(row: dict[str, Any]) -> str:
     bases = {gain["basis"] for entry in row["rows"] for gain in entry["gains"]}
     rows = [("recipe", "kernel", *levels), *((*_names(entry), *map(_gain, entry["gains"])) for entry in row["rows"])]
     parts = [f"Speed against BF16 on {row['platform']}, by concurrency", table(rows)]
-    if "measured" in bases:
-        parts.append(wrap(f"m: {row['evidence']}; m@N: measured at concurrency N", "  ", "  "))
+    sources = dict.fromkeys(entry["evidence"] for entry in row["rows"] if _measured(entry))
+    for source in sources:
+        of = [" with ".join(_names(entry)) for entry in row["rows"] if _measured(entry) and entry["evidence"] == source]
+        whose = f" of {', '.join(of)}" if len(sources) > 1 else ""
+        parts.append(wrap(f"m{whose}: {source}; m@N: measured at concurrency N", "  ", "  "))
     if _long(row):
         parts.append(wrap(f"The same at {row['context']:,} tokens, the context asked for:", "  ", "  "))
         parts.append(table([rows[0], *(_at_context(entry) for entry in row["rows"])]))
@@ -142,6 +145,10 @@ def _speed(row: dict[str, Any]) -> str:
         if entry["flags"]:
             parts.append(wrap(f"{' with '.join(_names(entry))}: serve with {entry['flags']}", "  ", "  "))
     return "\n".join(parts)
+
+
+def _measured(entry: dict[str, Any]) -> bool:
+    return any(gain["basis"] == "measured" for gain in entry["gains"])
 
 
 def _names(entry: dict[str, Any]) -> tuple[str, str]:

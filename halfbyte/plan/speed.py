@@ -90,9 +90,10 @@ def predict(
 ) -> list[dict[str, Any]]:
     """A row for every kernel that may serve a recipe there.
 
-    title, method, format, variant, kernel, flags (as words), note, and `gains`: for every concurrency `gain` (times
-    BF16; None: not known), `basis` ("measured", "roofline" or None), `measured_at` (the measurement's concurrency),
-    `tokens_per_second` (written, all sequences together), `roofline` (the roofline's gain at the stated context).
+    title, method, format, variant, kernel, flags (as words), note, evidence, and `gains`: for every concurrency `gain`
+    (times BF16; None: not known), `basis` ("measured", "roofline" or None), `measured_at` (the measurement's
+    concurrency), `tokens_per_second` (written, all sequences together), `roofline` (the roofline's gain at the stated
+    context).
     """
     table = speed_table(platform, recipe.format, variant_of(recipe))
     rows = table.rows_for(str(recipe.format), variant_of(recipe)) if table else ()
@@ -129,6 +130,7 @@ def _row(
         "kernel": kernel,
         "flags": flag_words(row.all_flags) if row else "",
         "note": row.note if row else "",
+        "evidence": f"{table.evidence}, {table.evidence.shape}" if table else None,
         "gains": gains,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import UsageError
+from halfbyte.platforms.schema import Platform
 from halfbyte.platforms.speed import SpeedTable
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -26,6 +27,23 @@ def load_evidence(paths: Iterable[Path] = ()) -> tuple[SpeedTable, ...]:
     """
     theirs = [read_table(file) for path in paths for file in _files(path)]
     return tuple(sorted([*theirs, *_own()], key=lambda table: table.date, reverse=True))
+
+
+def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
+    """What of these files and directories says nothing of the platforms, a line each."""
+    known = {name.casefold() for platform in platforms for name in (platform.name, platform.ranked_by)}
+    told = []
+    for path in paths:
+        files = _files(path)
+        told += [] if files else [f"evidence {path} holds no file ({', '.join(SUFFIXES)})"]
+        devices = {file: read_table(file).device for file in files}
+        here = " or ".join(platform.name for platform in platforms)
+        told += [
+            f"evidence {file} is of {device}, not of {here}: it is not used"
+            for file, device in devices.items()
+            if device.casefold() not in known
+        ]
+    return told
 
 
 def read_table(file: Path) -> SpeedTable:

@@ -34,6 +34,8 @@ def load_platform(name: str, evidence: Iterable[Path] = ()) -> Platform:
     Raises UsageError that lists the known names, or says what is wrong with a file.
     """
     platform = _from_file(Path(name)) if _is_file(name) else _known(name)
+    if platform.ranked_by:
+        _named(platform.ranked_by, f"platform {name}: ranked_by: ")
     tables = load_evidence(evidence)
     own = [table for table in tables if table.device.casefold() == platform.name.casefold()]
     lent = [table for table in tables if table.device.casefold() == platform.ranked_by.casefold()]
@@ -43,13 +45,18 @@ def load_platform(name: str, evidence: Iterable[Path] = ()) -> Platform:
 
 @functools.cache
 def _known(name: str) -> Platform:
-    known = list_platforms()
-    folded = name.strip().casefold()
+    folded = _named(name, more=", or a YAML file")
+    return _validated(_read(folded), folded)
+
+
+def _named(name: str, where: str = "", more: str = "") -> str:
+    """The name of a platform that there is data for, as it is written. Raises UsageError, which begins with `where`."""
+    known, folded = list_platforms(), name.strip().casefold()
     if folded not in known:
         close = difflib.get_close_matches(folded, known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? Known: " if close else "use "
-        raise UsageError(f"unknown platform {name!r}: {hint}{', '.join(known)}, or a YAML file")
-    return _validated(_read(folded), folded)
+        raise UsageError(f"{where}unknown platform {name!r}: {hint}{', '.join(known)}{more}")
+    return folded
 
 
 def _is_file(name: str) -> bool:
@@ -61,13 +68,18 @@ def _from_file(path: Path) -> Platform:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"platform {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return _validated(parse_mapping(text, f"platform {path}"), str(path))
+    tree = parse_mapping(text, f"platform {path}")
+    name = str(tree.get("name", "")).strip()
+    if not name or name.casefold() in list_platforms():
+        what = f"{name} is one that there is data for" if name else "it has none"
+        raise UsageError(f"platform {path}: give it a name of its own ({what}): name: my-gpu")
+    return _validated(tree, str(path))
 
 
 def _validated(tree: dict[str, Any], source: str) -> Platform:
     base = tree.pop("like", None)
     if base is not None:
-        parent = _known(str(base))
+        parent = _known(_named(str(base), f"platform {source}: like: "))
         theirs = parent.model_dump(mode="json", exclude={"speed", "ranked_by"})
         tree = merged(measured_on(theirs, parent.name), tree)
     try:

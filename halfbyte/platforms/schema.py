@@ -171,9 +171,9 @@ class Platform(Data):
     name: str
     label: str
     vllm: str
-    memory_gib: float | None = Field(description="device memory of one unit; None: ask the machine")
-    bandwidth_gbs: float | None = Field(description="memory bandwidth, GB/s; None: differs from machine to machine")
-    bf16_tflops: float | None = Field(description="dense BF16 peak, TFLOP/s")
+    memory_gib: float | None = Field(gt=0, description="device memory of one unit; None: ask the machine")
+    bandwidth_gbs: float | None = Field(gt=0, description="memory bandwidth, GB/s; None: differs by machine")
+    bf16_tflops: float | None = Field(gt=0, description="dense BF16 peak, TFLOP/s")
     hardware: Evidence
     capabilities: Capabilities
     flags: Flags

@@ -86,7 +86,8 @@ class SpeedTable(Data):
     prefill: Prefill | None = None
     note: str = ""
     apart: dict[int, float] = Field(
-        default_factory=dict, description="concurrency -> how far repeats of one kernel lay apart at most (0.1: 10 %)"
+        default_factory=dict,
+        description="concurrency -> how far repeats of one kernel lay apart, or its interval reaches (0.1: 10 %)",
     )
     rows: tuple[SpeedRow, ...]
     lent: bool = Field(False, description="set where another platform is `ranked_by` this one's")

@@ -1,6 +1,8 @@
 """Speed: the roofline meets the measurements it was fitted to, evidence is near or far, and the verdicts follow."""
 
+import datetime
 import math
+import re
 
 import pytest
 
@@ -204,3 +206,16 @@ def test_a_platform_may_be_ranked_by_another() -> None:
     assert h200.roofline and h100.roofline and h200.roofline.kernels == h100.roofline.kernels
     assert str(h200.roofline.evidence) == "assumed, 2026-11-30", "its efficiencies are the H100's"
     assert str(h200.support("gptq").evidence).startswith("measured on h100, ")
+
+
+def test_figures_of_two_tables_are_credited_to_each(llama) -> None:
+    rows = tuple(row for row in TABLE.rows if row.method in ("bf16", "gptq"))
+    mine = TABLE.model_copy(update={"rows": rows, "note": "mine", "date": TABLE.date + datetime.timedelta(days=1)})
+    own = H100.model_copy(update={"speed": (mine, TABLE)})
+    told = " ".join(render_plan(make_plan(llama, None, [own], 256, [64])).split())
+    first, second = re.findall(r"m of ([^:]+): measured, vLLM 0.26.0, (\S+),", told)
+    assert {who.split()[0] for who in first[0].split(", ") if " with " in who} == {"NVFP4", "AWQ"}
+    assert second[0] == "GPTQ with Machete, GPTQ with Machete, FP8 KV cache"
+    assert (first[1], second[1]) == (str(TABLE.date), str(mine.date))
+    alone = " ".join(render_plan(make_plan(llama, None, [H100], 256, [64])).split())
+    assert f"m: measured, vLLM 0.26.0, {TABLE.date}" in alone and "m of" not in alone

@@ -301,3 +301,36 @@ def test_ranges_in_words():
     assert versions("0.0.0", "0.32.0") == "vLLM before 0.32.0"
     assert versions("0.27.0", "999.0.0") == "vLLM 0.27.0 and later"
     assert facts_for("0.26.0").quirks[0].source.startswith("vLLM fact tied-lm-head, every vLLM seen")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("like: h100\n", r"give it a name of its own \(it has none\): name: my-gpu"),
+        ("like: h100\nname: H100\n", r"give it a name of its own \(H100 is one that there is data for\)"),
+        ("like: h100\nname: mine\nranked_by: h101\n", r"ranked_by: unknown platform 'h101': did you mean h100\?"),
+        ("like: h101\nname: mine\n", r"like: unknown platform 'h101': did you mean h100\?"),
+        ("like: h100\nname: mine\nmemory_gib: -3\n", r"memory_gib: Input should be greater than 0"),
+        ("like: h100\nname: mine\nbandwidth_gbs: 0\n", r"bandwidth_gbs: Input should be greater than 0"),
+    ],
+)
+def test_a_platform_of_the_users_own_that_cannot_be(tmp_path, text, told):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=told):
+        load_platform(str(file))
+
+
+def test_evidence_that_says_nothing_of_a_platform_is_named(tmp_path):
+    from halfbyte.platforms.evidence import unused
+
+    tree = load_platform("h100").speed[0].model_dump(mode="json", by_alias=True)
+    for device in ("h100", "h100z"):
+        (tmp_path / f"{device}.json").write_text(json.dumps({**tree, "device": device}))
+    (tmp_path / "empty").mkdir()
+    h100, cpu, h200 = (load_platform(name) for name in ("h100", "cpu", "h200"))
+    other = f"evidence {tmp_path / 'h100z.json'} is of h100z, not of"
+    assert unused([tmp_path], [h100]) == [f"{other} h100: it is not used"]
+    assert unused([tmp_path / "h100.json"], [h200]) == [], "it ranks kernels there"
+    assert unused([tmp_path], [cpu, h100]) == [f"{other} cpu or h100: it is not used"]
+    assert unused([tmp_path / "empty"], [cpu]) == [f"evidence {tmp_path / 'empty'} holds no file (.yaml, .yml, .json)"]

@@ -283,14 +283,16 @@ def test_evidence_holds_one_model_and_bf16_once_for_a_cache(
     small = make_tiny("llama", tmp_path / "small", num_hidden_layers=1)
     more = (Variant("small", small, ("--kv-cache-dtype", "auto")), Variant("again", models[BASELINE], ("--seed", "0")))
     again = Variant("same", models[BASELINE], ("--kv-cache-dtype", "fp8"))
+    few = Variant("few", models["gptq"], ("--max-num-seqs", "2"))
     request = asked(models)
-    request = replace(request, variants=(*request.variants[:2], *more, again))
+    request = replace(request, variants=(*request.variants[:2], *more, again, few))
     found = measure(request, tmp_path / "out", install)
     result = bench_result(found)
     assert all(point["configs"][name]["status"] == "ok" for point in result["points"] for name in ("small", "same"))
     assert write_evidence(tmp_path / "evidence.json", found, result) == [
         "small: another model than the BF16 one",
         "same: BF16 with the KV cache fp8 is there already",
+        "few: --max-num-seqs is said by plan and serve themselves",
     ]
     table = read_table(tmp_path / "evidence.json")
     assert [(row.method, dict(row.flags)) for row in table.rows] == [

@@ -71,6 +71,23 @@ def test_a_bench_that_is_stopped_tells_what_there_is(
     assert "Interrupted: 0 of 4 runs" in said.out and "interrupted; the same command goes on" in said.err
 
 
+def test_an_artifact_without_weights_is_told_before_anything_starts(
+    artifact: Path, model: Path, fake: Path, tmp_path: Path, capsys: Any, as_json: Any
+) -> None:
+    other = shutil.copytree(artifact, tmp_path / "other")
+    (weights,) = artifact.glob("*.safetensors")
+    weights.rename(tmp_path / "elsewhere")
+    words = ("--baseline", model, "--on", "cpu", "--vllm", fake)
+    broken = [("bench", artifact, *words), ("bench", other, *words, "--config", f"a: {artifact}")]
+    broken.append(("tune", artifact, "--on", "cpu", "--concurrency", 1, "--vllm", fake))
+    for command in broken:
+        assert halfbyte(*command) in (1, 2)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert "safetensors" in said[-1] and not any("starting vLLM" in line for line in said), said
+    notes = as_json("serve", artifact, "--on", "cpu", "--print")["notes"]
+    assert any(note.startswith("it cannot be served as it is: ") for note in notes)
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 
