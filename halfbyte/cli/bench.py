@@ -214,12 +214,11 @@ def beside(directory: Path) -> Path:
 def _baseline(directory: Path, named: str | None, shown: Any) -> Path | None:
     """The BF16 model's directory; None where DIR is one itself and no other was named."""
     from halfbyte.evaluate.served import format_of
-    from halfbyte.experiments.run import artifact_baseline
-    from halfbyte.models import resolve_model
+    from halfbyte.experiments.run import baseline_model
 
     if named is None and format_of(directory) is None:
         return None
-    return resolve_model(named or artifact_baseline(directory), shown)
+    return baseline_model(directory, named, shown)[1]
 
 
 def _prefill(asked: int | None, variants: Any) -> int:

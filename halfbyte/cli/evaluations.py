@@ -139,20 +139,18 @@ def _pair(directory: Path, baseline: str | None, asked: Asked, logs: Path, shown
     from halfbyte.artifact import load_fake_quantized, work_of
     from halfbyte.evaluate.pair import Pair, Serving
     from halfbyte.evaluate.speed_machine import platform_here
-    from halfbyte.experiments.run import artifact_baseline
+    from halfbyte.experiments.run import baseline_model
     from halfbyte.files import portable
-    from halfbyte.models import resolve_model
     from halfbyte.models.library import load_model, load_tokenizer
     from halfbyte.serving import find_vllm
 
-    name = baseline or artifact_baseline(directory)
-    names = portable(name), portable(directory)
     if asked.backend is Backend.vllm:
         find_vllm(asked.vllm)
-        path = resolve_model(name, shown)
+    name, path = baseline_model(directory, baseline, shown)
+    names = portable(name), portable(directory)
+    if asked.backend is Backend.vllm:
         serving = Serving(logs, asked.on or platform_here(), asked.vllm)
         return Pair(path, directory, load_tokenizer(path), names, serving, work_of(directory))
-    path = resolve_model(name, shown)
     quantized = load_fake_quantized(directory, device=asked.device)
     bf16 = load_model(path, asked.device)
     return Pair(bf16, quantized, load_tokenizer(path), names, work=work_of(directory))

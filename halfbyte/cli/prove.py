@@ -140,15 +140,13 @@ def evaluate(
     from halfbyte.cli.words import eval_words
     from halfbyte.evaluate import write_result
     from halfbyte.experiments.evaluating import choose_windows, measure_fidelity
-    from halfbyte.experiments.run import artifact_baseline
+    from halfbyte.experiments.run import baseline_model
     from halfbyte.files import portable
-    from halfbyte.models import resolve_model
     from halfbyte.models.library import load_tokenizer
 
     with progress() as shown:
-        name = baseline or artifact_baseline(directory)
         refuse_damaged(directory, shown)
-        path = resolve_model(name, shown)
+        name, path = baseline_model(directory, baseline, shown)
         scored = choose_windows(
             path,
             text or (),

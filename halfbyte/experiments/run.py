@@ -17,6 +17,7 @@ from halfbyte.calibration import CalibrationSet, build
 from halfbyte.engine import work_id
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate import Windows, compare_served, set_windows, text_windows, write_result, write_served
+from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.tasks import TASKS
 from halfbyte.experiments.cards import card_results
 from halfbyte.experiments.climb import Climb
@@ -37,7 +38,7 @@ from halfbyte.experiments.workshop import (
     Workshop,
 )
 from halfbyte.files import TEMPORARY, locked, portable, write_json, write_text
-from halfbyte.models import hub_id
+from halfbyte.models import hub_id, resolve_model
 from halfbyte.models.checkpoint import read_json
 from halfbyte.models.library import load_tokenizer
 from halfbyte.recipe import CalibrationSpec, Recipe
@@ -335,6 +336,16 @@ class _Run:
         head = '# The commands that serve it, by platform; vLLM must be on the PATH.\ncd "$(dirname "$0")"\n'
         write_text(self.out / "serve.sh", head + "".join(f"# on {name}\n{line}\n" for name, line in lines.items()))
         return lines
+
+
+def baseline_model(directory: Path, named: str | None, progress: Progress) -> tuple[str, Path]:
+    """(name, directory) of the BF16 model that an artifact is held against: the one that is named, or that it was made
+    of. Raises UsageError where that is not known, or is a quantized one."""
+    name = named or artifact_baseline(directory)
+    path = resolve_model(name, progress)
+    if (form := format_of(path)) is not None:
+        raise UsageError(f"{name} is quantized itself ({form}): name the BF16 model with --baseline")
+    return name, path
 
 
 def artifact_baseline(directory: Path) -> str:

@@ -88,6 +88,12 @@ def test_an_artifact_without_weights_is_told_before_anything_starts(
     assert any(note.startswith("it cannot be served as it is: ") for note in notes)
 
 
+def test_a_quantized_baseline_is_refused(artifact: Path, fake: Path, capsys: Any) -> None:
+    for command in (("bench", artifact, "--on", "cpu", "--vllm", fake), ("eval", artifact)):
+        assert halfbyte(*command, "--baseline", artifact) == 2
+        assert "is quantized itself (gptq): name the BF16 model with --baseline" in capsys.readouterr().err
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 
