@@ -36,11 +36,13 @@ def serve(
     from halfbyte.plan.speed import Model, nearest_first
     from halfbyte.platforms import load_platform
     from halfbyte.platforms.evidence import read_table, unused
-    from halfbyte.serving import find_vllm, run_in_place, serve_command
+    from halfbyte.serving import ServeCommand, find_vllm, run_in_place, serve_command
 
     known = [*(evidence or []), cache_dir() / "evidence"]
     checkpoint = Checkpoint(directory)
-    size = Model(_parameters(checkpoint), _ranks(context.args))
+    size = Model(
+        _parameters(checkpoint), ServeCommand(["vllm", "serve", str(directory), *context.args]).tensor_parallel
+    )
     platform = nearest_first(load_platform(on, known), size)
     own = [read_table(path) for path in evidence or [] if path.is_file()]
     seen = [table.vllm for table in own if table.device.casefold() == platform.name.casefold()]
@@ -90,14 +92,6 @@ def _parameters(checkpoint: Checkpoint) -> int:
         return int(read_manifest(checkpoint.path)["bytes_bf16"] if made else checkpoint.total_bytes) // 2
     except HalfbyteError:
         return 0
-
-
-def _ranks(words: list[str]) -> int:
-    """The devices that share the model, by the user's own words for vLLM."""
-    import re
-
-    given = re.findall(r"(?:--tensor[-_]parallel[-_]size|-tp)[ =](\d+)", " ".join(words))
-    return int(given[-1]) if given else 1
 
 
 def ls(

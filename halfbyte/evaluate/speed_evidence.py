@@ -78,7 +78,7 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "date": datetime.date.today().isoformat(),
         "model": _model(base, str(result["baseline"])),
         "dtype": found.commands[BASELINE].value("--dtype") or "bfloat16",
-        "tensor_parallel": int(found.commands[BASELINE].value("--tensor-parallel-size") or 1),
+        "tensor_parallel": found.commands[BASELINE].tensor_parallel,
         "prompt_tokens": request.input_tokens,
         "output_tokens": request.output_tokens,
         "note": f"vllm bench serve, median of {request.repeats}",

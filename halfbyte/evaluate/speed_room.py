@@ -54,12 +54,12 @@ def cache_tokens(loads: Iterable[Load], context: int, room: int = 16) -> int:
 
 def ranks(command: ServeCommand) -> int:
     """How many devices share the model's weights."""
-    return _number(command, "--tensor-parallel-size", "-tp") * _number(command, "--pipeline-parallel-size", "-pp")
+    return command.tensor_parallel * command.number("--pipeline-parallel-size", "-pp")
 
 
 def devices(command: ServeCommand) -> int:
     """How many devices a server takes."""
-    return ranks(command) * _number(command, "--data-parallel-size", "-dp")
+    return ranks(command) * command.number("--data-parallel-size", "-dp")
 
 
 def space_words(command: ServeCommand, directory: Path, tokens: int) -> tuple[str, ...]:
@@ -70,8 +70,7 @@ def space_words(command: ServeCommand, directory: Path, tokens: int) -> tuple[st
             f"how large the KV cache of {directory} must be is not known ({config.get('model_type')}): load its "
             "servers one by one, without --together"
         )
-    shared = _number(command, "--tensor-parallel-size", "-tp")
-    space = tokens * token_bytes(config, command.value(KV_FLAG) or "auto", shared)
+    space = tokens * token_bytes(config, command.value(KV_FLAG) or "auto", command.tensor_parallel)
     return (SPACE_FLAG, str(space), *SHARE)
 
 
@@ -119,8 +118,3 @@ def spread(items: Sequence[Item], sizes: Sequence[int], rooms: Sequence[int], mo
                 own.append(item)
                 space[lane] -= size
     return dealt
-
-
-def _number(command: ServeCommand, *flags: str) -> int:
-    """The whole number that one of a flag's names is given; 1 where none is."""
-    return next((int(value) for flag in flags if (value := command.value(flag)) and value.isdecimal()), 1)

@@ -34,6 +34,15 @@ class ServeCommand:
         """The last value given to a flag ("--port"), or None."""
         return self.flags().get(flag)
 
+    def number(self, *flags: str) -> int:
+        """The whole number that one of a flag's names is given ("--tensor-parallel-size", "-tp"); 1 where none is."""
+        return next((int(value) for flag in flags if (value := self.value(flag)) and value.isdecimal()), 1)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """How many devices share every layer."""
+        return self.number("--tensor-parallel-size", "-tp")
+
     def flags(self) -> Flags:
         """Every flag with its last value."""
         return dict(_pairs(self.argv[3:]))
