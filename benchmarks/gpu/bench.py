@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = make_directory(place / "bench" / digest(facts))
     first, configs = models[names[0]], configs_by_step(models, args, platform, install)
     told, steps = words_of(args), {}
-    there = ["--into", str(results), "--evidence", str(result_file(args).with_name("bench-evidence.json"))]
+    file = result_file(args)
+    there = ["--into", str(results), "--evidence", str(file.with_name(f"{file.stem}-evidence.json"))]
     shared = [*told, "--baseline", str(models["bf16"]), "--concurrency", ",".join(map(str, args.levels)), *there]
     for step, texts in configs.items():
         shared += [word for text in texts for word in ("--config", text)]
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def result_file(args: argparse.Namespace) -> Path:
-    """Where the results go; bench-evidence.json lies beside it."""
+    """Where the results go; FILE-evidence.json lies beside FILE.json."""
     return (args.json or args.output / "bench.json").absolute()
 
 

@@ -96,7 +96,7 @@ def bench(
     """Tokens/s, latencies, memory at each concurrency in real vLLM, 4-bit against BF16. After --: words for vLLM."""
     from halfbyte.cli.bench_words import bench_words
     from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant
-    from halfbyte.evaluate.speed_evidence import refuse_evidence, write_evidence
+    from halfbyte.evaluate.speed_evidence import refuse_evidence, refuse_others, write_evidence
     from halfbyte.evaluate.speed_machine import measured_here
     from halfbyte.evaluate.speed_result import write_bench
     from halfbyte.evaluate.speed_runs import INTERRUPTED, measure
@@ -117,6 +117,8 @@ def bench(
         first = [Variant(BASELINE, reference)] if reference else []
         for model in (reference, directory, *(other for _, other, _ in configs)):
             Checkpoint(model or directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
+        if evidence and reference:
+            refuse_others(evidence, platform.name, reference)
         others = [Variant(name, other or directory, words) for name, other, words in configs]
         variants = (*first, Variant(MODEL, directory), *others)
         request = BenchRequest(

@@ -133,11 +133,20 @@ def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
         raise refused(path, error) from error
 
 
+def refuse_others(path: Path, device: str, baseline: Path) -> None:
+    """Say before anything is measured that the evidence file holds another model, or another device. Raises
+    UsageError."""
+    if told := _others(path, device, _model(Variant(BASELINE, baseline), "")):
+        raise UsageError(told)
+
+
 def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
     """Write the evidence file (JSON); returns what was left out of it. A bench that was stopped does not replace a file
-    of more rows."""
+    of more rows, and none replaces one of another model or device: HalfbyteError."""
     table, left_out = evidence(found, result)
     make_directory(path.parent)
+    if told := _others(path, table["device"], table["model"]):
+        raise HalfbyteError(told)
     if found.stopped and _rows_there(path) > len(table["rows"]):
         return [*left_out, "it holds more than was measured until now, and is kept as it was"]
     write_json(path, table)
@@ -145,10 +154,29 @@ def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> li
 
 
 def _rows_there(path: Path) -> int:
+    there = _there(path)
+    return len(there.rows) if there else 0
+
+
+def _there(path: Path) -> SpeedTable | None:
+    """The table in a file; None where there is none."""
     try:
-        return len(read_table(path).rows) if path.is_file() else 0
+        return read_table(path) if path.is_file() else None
     except UsageError:
-        return 0
+        return None
+
+
+def _others(path: Path, device: str, model: Mapping[str, Any]) -> str:
+    """What to say where a file holds what was measured of another model, or on another device; else empty."""
+    there = _there(path)
+    same = ("parameters", *SIZES)
+    if there is None or (there.device, *(getattr(there.model, key) for key in same)) == (
+        device,
+        *(model[key] for key in same),
+    ):
+        return ""
+    what = f"{there.model.name}, {there.model.parameters / 1e9:.2f} B parameters, on {there.device}"
+    return f"evidence {path} holds another measurement ({what}) and is kept: name another file"
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:

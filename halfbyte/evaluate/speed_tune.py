@@ -59,7 +59,8 @@ def tune(
     rows, seconds, found = [], 0.0, None
     default = None
     said = ServeCommand(["vllm", "serve", "", *request.extra]).flags()
-    mattering = [k for k in request.platform.tune if k.matters(form, install.version, declared) and k.flag not in said]
+    knobs = [knob for knob in request.platform.tune if knob.flag not in said]
+    mattering = [knob for knob in knobs if knob.matters(form, install.version, declared, level)]
     without = tuple(dict.fromkeys(knob.flag for knob in mattering))
     advised = _advised(request, directory, install, without)
     for knob in (_with_value(knob, advised.get(knob.flag)) for knob in mattering):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.plan.rules import EVERY_FORMAT, GROUPS, GUIDE, NVFP4_BLOCKS, POLICY, Reason, Tier, data_source, guide
-from halfbyte.plan.speed import Model, best_speed, is_near, least_gain, mean_speed, speed_table
+from halfbyte.plan.speed import Model, best_speed, comparing, is_near, least_gain, mean_speed, speed_table
 from halfbyte.plan.words import joined, title, variant_of
 from halfbyte.platforms import Avoid, Platform, within
 from halfbyte.recipe.schema import Recipe
@@ -152,7 +152,7 @@ def nvfp4_for(platforms: Sequence[Platform], levels: Sequence[int], tier: Tier |
     keys = {**NVFP4, "boundary": {"keep": (tier or guide().tier(None)).boundary}}
     weight_only = Recipe.model_validate(keys)
     with_inputs = Recipe.model_validate({**keys, "activations": "fp4"})
-    for platform in platforms:
+    for platform in (comparing(platform, [weight_only, with_inputs]) for platform in platforms):
         plain, other = mean_speed(weight_only, platform, levels), mean_speed(with_inputs, platform, levels)
         if not other:
             continue
@@ -171,7 +171,7 @@ def _first(usable: Sequence[Recipe], platforms: Sequence[Platform], levels: Sequ
     if first.method != "nvfp4":
         return first, Reason("portable", f"{first.method.upper()} is the portable choice and loads on {names}", GUIDE)
     for other in usable[1:]:
-        for platform in platforms:
+        for platform in (comparing(platform, [first, other]) for platform in platforms):
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
             if a and b and table and b > a * least_gain(other, platform, levels):

@@ -215,7 +215,7 @@ def _kernels(at: Setting) -> list[Reason]:
                 f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow:.2f}x"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
-        slower = [c for c in row.seconds if row.seconds[c] > table.baseline.seconds[c]]
+        slower = [c for c in row.seconds if row.seconds[c] > table.baseline.seconds[c] and table.told(row, c)]
         if slower and near:
             text = (
                 f"{platform.name}: at concurrency {joined([*map(str, slower)])} {row.kernel} measured slower than "

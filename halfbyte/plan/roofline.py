@@ -8,6 +8,7 @@ reaches (the platform's `roofline` data), a step that adds a token to each of c 
             + max(W16/(m16·B), 2·N16·c/(p16·P))             linears in BF16, the head among them
             + c · KV(n)/(m16·B)                             keys and values that attention reads
             + blocks · overhead                             launches, norms, attention, sampling
+            + c · token                                     the server on the host: reading, writing, streaming
 
 and a batch of c prompts of i tokens with o tokens each to write takes prefill + o · t(c, i + o/2), where
 
@@ -128,7 +129,7 @@ def _step(work: Work, platform: Platform, kernel: Efficiency, concurrency: int, 
     reading = sixteen.bytes / (plain.memory * bandwidth)
     multiplying = 2 * sixteen.weights * concurrency / (plain.compute * peak)
     cache = concurrency * work.kv.block_token_bytes(work.kv_cache_dtype) * work.kv.kept(tokens)
-    overhead = work.blocks * platform.roofline.overhead_us * 1e-6
+    overhead = (work.blocks * platform.roofline.overhead_us + concurrency * platform.roofline.token_us) * 1e-6
     return packed + max(reading, multiplying) + cache / (plain.memory * bandwidth) + overhead
 
 

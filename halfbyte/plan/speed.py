@@ -52,6 +52,14 @@ def speed_table(platform: Platform, format_name: str | None = None, variant: str
     return next(iter([*having, *tables]), None)
 
 
+def comparing(platform: Platform, recipes: Sequence[Recipe]) -> Platform:
+    """The platform with the first table alone that has rows for all of these recipes, so that figures of two tables are
+    not set against each other; as it is where none has."""
+    tables = [table for table in platform.speed if table.covers(platform.vllm)]
+    having = [t for t in tables if all(t.rows_for(str(r.format), variant_of(r)) for r in recipes)]
+    return platform.model_copy(update={"speed": tuple(having[:1])}) if having else platform
+
+
 def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[SpeedRow, float] | None:
     """The fastest measured kernel for a recipe there and its gain over BF16; None where nothing was measured."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
@@ -92,8 +100,8 @@ def predict(
 
     title, method, format, variant, kernel, flags (as words), note, evidence, and `gains`: for every concurrency `gain`
     (times BF16; None: not known), `basis` ("measured", "roofline" or None), `measured_at` (the measurement's
-    concurrency), `tokens_per_second` (written, all sequences together), `roofline` (the roofline's gain at the stated
-    context).
+    concurrency), `told` (whether the measurement's repeats tell it from BF16; None: not measured), `tokens_per_second`
+    (written, all sequences together), `roofline` (the roofline's gain at the stated context).
     """
     table = speed_table(platform, recipe.format, variant_of(recipe))
     rows = table.rows_for(str(recipe.format), variant_of(recipe)) if table else ()
@@ -147,6 +155,7 @@ def _measured(
                 "gain": round(table.speedup(row, level), 2),
                 "basis": "measured",
                 "measured_at": at,
+                "told": table.told(row, at),
                 "tokens_per_second": round(written, 1),
                 "roofline": roofline,
             }
@@ -154,6 +163,7 @@ def _measured(
         "gain": roofline,
         "basis": None if guess is None else "roofline",
         "measured_at": None,
+        "told": None,
         "tokens_per_second": None if guess is None else round(guess[1], 1),
         "roofline": roofline,
     }

@@ -51,6 +51,7 @@ def _disagreement(
     platform: Platform, table: SpeedTable, default: SpeedRow, rivals: Sequence[Recipe], at: int
 ) -> dict[str, Any] | None:
     slow = table.speedup(default, at)
+    platform = platform.model_copy(update={"speed": (table,)})  # figures of one measurement
     beyond = slow * least_gain(STRATEGY_FIRST, platform, [at])
     faster = []
     for recipe in rivals:
@@ -84,7 +85,8 @@ def _way(recipe: Recipe, row: SpeedRow) -> str:
 def promise(speed: Sequence[dict[str, Any]], levels: Sequence[int]) -> list[dict[str, Any]]:
     """For every platform, where the best kernel of the chosen recipe keeps the strategy's "+60-100 %".
 
-    A row: platform, holds, fails, unknown (concurrencies), slower (than BF16), basis (by concurrency), text, source.
+    A row: platform, holds, fails, unknown (concurrencies), slower (than BF16, as far as repeats tell), basis (by
+    concurrency), text, source.
     """
     low, rows = 1 + guide().speed_gain.low, []
     for table in speed:
@@ -94,7 +96,7 @@ def promise(speed: Sequence[dict[str, Any]], levels: Sequence[int]) -> list[dict
             gain = best[str(level)]["gain"] if str(level) in best else None
             key = "unknown" if gain is None else "holds" if gain >= low else "fails"
             found[key].append(level)
-            if gain is not None and gain < 1:
+            if gain is not None and gain < 1 and best[str(level)]["told"] is not False:
                 found["slower"].append(level)
         bases = {level: entry["basis"] for level, entry in best.items()}
         guessed = bool(bases) and "measured" not in bases.values()

@@ -121,6 +121,7 @@ class Roofline(Data):
     """The constants of the roofline model (halfbyte/plan/roofline.py) on this hardware."""
 
     overhead_us: float = Field(ge=0, description="microseconds a block and step that no weight or key explains")
+    token_us: float = Field(0, ge=0, description="microseconds of the host for each token that is written")
     bf16: Efficiency
     four_bit: Efficiency = Field(description="a 4-bit kernel that `kernels` does not name")
     kernels: dict[str, dict[str, Efficiency]] = Field(default_factory=dict, description="by format and kernel")
@@ -153,13 +154,17 @@ class Knob(Data):
     )
     since: str = "0.0.0"
     before: str = EVER
+    least: int = Field(1, ge=1, description="sequences at once from which it is tried")
     changes: str = Field("", description="what it changes beside speed; then the value is not kept by itself")
     note: str = ""
     evidence: Evidence
 
-    def matters(self, format_name: str | None, vllm: str, variant: str | None = None) -> bool:
-        """Whether to try it for a format with that vLLM. Without a variant: for any that the format may declare."""
-        if not within(self.since, vllm, self.before):
+    def matters(
+        self, format_name: str | None, vllm: str, variant: str | None = None, concurrency: int | None = None
+    ) -> bool:
+        """Whether to try it for a format with that vLLM. Without a variant: for any that the format may declare;
+        without a concurrency: at any."""
+        if not within(self.since, vllm, self.before) or (concurrency is not None and concurrency < self.least):
             return False
         pairs = [name.partition("/") for name in self.formats]
         return not pairs or any(f == format_name and v in ("", variant or v) for f, _, v in pairs)

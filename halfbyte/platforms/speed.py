@@ -173,6 +173,10 @@ class SpeedTable(Data):
         slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
         return slow > fast * (1 + self.apart_at(at))
 
+    def told(self, row: SpeedRow, at: int) -> bool:
+        """Whether a kernel lies further from BF16 at a measured concurrency than the repeats of one kernel apart."""
+        return self.differ(row, self.baseline, at)
+
     def by_nearness(self, concurrency: int) -> list[int]:
         """The measured concurrencies, the closest one (as a ratio) first."""
         return sorted(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))

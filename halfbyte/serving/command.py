@@ -191,7 +191,9 @@ def _speed_note(table: SpeedTable, rows: Sequence[SpeedRow], best: SpeedRow, at:
     gain = table.speedup(best, at)
     unlike = len({row.kv_cache for row in rows}) > 1
     text = f"kernel {_named(best, unlike)}: {gain:.2f}x the speed of BF16 at concurrency {at}"
-    if gain < 1:
+    if not table.told(best, at):
+        text += f" (not told from it by repeats {table.apart_at(at):.0%} apart)"
+    elif gain < 1:
         text += " (slower: what is gained there is memory)"
     for other in rows:
         if other is not best:

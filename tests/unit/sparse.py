@@ -19,6 +19,8 @@ LLAMA_8B = {
 }
 LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
              "num_attention_heads": 64}  # fmt: skip
+QWEN_32B = {**LLAMA_8B, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+            "num_attention_heads": 40, "vocab_size": 152064}  # fmt: skip
 GEMMA2_9B = {
     "model_type": "gemma2",
     "hidden_size": 3584,

@@ -676,6 +676,9 @@ def test_artifacts_are_benched_and_tuned_as_the_command_does_it(
     assert lines[1] == "|  | 1 | 2 | prefill |" and lines[3].startswith("| BF16 | 100 | 200 | ")
     assert lines[4].startswith("| gptq | 170 (1.70x)") and lines[6].startswith("gptq, tune: ")
     assert lines[5].startswith("| gptq-slow-auto | 85 (0.85x)")
+    assert bench.result_file(bench.parse(["--dry", "-o", "x", "--json", "x/32b.json"])).name == "32b.json"
+    (words,) = {tuple(entry["words"]) for row in result["rows"][:1] for entry in list(row["steps"].values())[:1]}
+    assert words[words.index("--evidence") + 1] == str(tmp_path / "out" / "bench-evidence.json")
     table = read_table(tmp_path / "out" / "bench-evidence.json")
     assert [row.method for row in table.rows] == ["bf16", "gptq", "gptq"] and table.rows[1].group_size == 128
     assert again("--seconds", "0")["rows"] == result["rows"]

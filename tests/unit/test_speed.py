@@ -16,7 +16,7 @@ import halfbyte.serving.bench_memory as bench_memory
 from halfbyte.cli.bench_words import tune_words
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant
-from halfbyte.evaluate.speed_evidence import kernel_name, write_evidence
+from halfbyte.evaluate.speed_evidence import kernel_name, refuse_others, write_evidence
 from halfbyte.evaluate.speed_result import bench_result, sentences, stability_result, write_bench
 from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
@@ -60,7 +60,8 @@ def alone(request: BenchRequest) -> BenchRequest:
 
 
 def starts(directory: Path) -> int:
-    return len((directory / "starts").read_text().splitlines())
+    told = directory / "starts"
+    return len(told.read_text().splitlines()) if told.exists() else 0
 
 
 def benched(directory: Path) -> list[dict[str, str]]:
@@ -155,6 +156,25 @@ def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[P
     assert line.value("--linear-backend") == "slow"
     with pytest.raises(HalfbyteError, match="bench with --baseline"):
         write_evidence(file, replace_request(found, alone(found.request)), {})
+
+
+def test_evidence_of_another_model_is_not_replaced(whole: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    found, file = whole[0], tmp_path / "speed.json"
+    refuse_others(file, "cpu", models[0])
+    write_evidence(file, found, bench_result(found))
+    refuse_others(file, "cpu", models[0])
+    write_evidence(file, found, bench_result(found))
+    with pytest.raises(UsageError, match=r"holds another measurement .* on cpu.* and is kept: name another file"):
+        refuse_others(file, "h100", models[0])
+    edit_json(file, lambda tree: tree["model"].update(blocks=tree["model"]["blocks"] + 1))
+    there = file.read_bytes()
+    with pytest.raises(UsageError, match="name another file"):
+        refuse_others(file, "cpu", models[0])
+    with pytest.raises(HalfbyteError, match="name another file"):
+        write_evidence(file, found, bench_result(found))
+    assert file.read_bytes() == there
+    file.write_text("not evidence")
+    write_evidence(file, found, bench_result(found))
 
 
 def replace_request(found: Any, request: BenchRequest) -> Any:

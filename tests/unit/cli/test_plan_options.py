@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.platforms import load_evidence
+from halfbyte.platforms import load_platform
 from tests.unit.artifacts import halfbyte
 from tests.unit.sparse import LLAMA_8B, MIXTRAL, make_sparse
 
@@ -30,7 +30,7 @@ def test_the_command_takes_the_kernel_that_measured_fastest(tmp_path: Path, as_j
     result = as_json("plan", large, "--on", "h100", "--concurrency", "1,64")
     assert "--linear-backend humming" in result["commands"]["h100"]
     assert [gain["kernel"] for gain in result["speed"][0]["served"]] == ["Humming"] * 2
-    own = load_evidence()[0]
+    (own,) = load_platform("h100").speed
     best = ("modelopt", "Marlin, FP8 KV cache")
     rows = tuple(
         row.model_copy(update={"seconds": dict.fromkeys(row.seconds, 0.2 if (row.format, row.kernel) == best else 1.0)})
@@ -59,7 +59,7 @@ def test_figures_of_another_size_are_not_the_other_recipes_reasons(model: Path, 
     assert not any("measured" in other["reason"] + other["source"] for other in far["alternatives"])
     told = {warning["rule"]: warning["text"] for warning in far["warnings"]}
     assert "another size" in told["kernel-flag"] and "1.29x" not in told["kernel-flag"] and "slower" not in told
-    mine = {**json.loads(load_evidence()[0].model_dump_json(by_alias=True)), "date": "2027-01-01"}
+    mine = {**json.loads(load_platform("h100").speed[0].model_dump_json(by_alias=True)), "date": "2027-01-01"}
     mine["rows"] = [row for row in mine["rows"] if row["format"] in ("bf16", "modelopt")]
     mine["model"]["name"] = "mine"
     (tmp_path / "own.json").write_text(json.dumps(mine))
@@ -70,7 +70,7 @@ def test_figures_of_another_size_are_not_the_other_recipes_reasons(model: Path, 
 
 def test_evidence_in_the_cache_is_found(model: Path, tmp_path: Path, monkeypatch: Any, as_json: Any) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
-    own = load_evidence()[0].model_copy(update={"vllm": "9.0.0", "since": "9.0", "before": "9.1"})
+    own = load_platform("h100").speed[0].model_copy(update={"vllm": "9.0.0", "since": "9.0", "before": "9.1"})
     words = ["plan", model, "--on", "h100", "--vllm-version", "9.0.0"]
     assert as_json(*words)["speed"][0]["evidence"] is None
     (tmp_path / "evidence").mkdir()
