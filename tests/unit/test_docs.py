@@ -189,13 +189,23 @@ def test_such_a_place_would_be_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "form", "count"),
-    [("docs/results/h100-serving.md", "{0:.3f} ({1:.2f}×)", 9), ("docs/vllm-facts.md", "{1:.2f}×", 4)],
+    ("page", "heading", "of", "form", "count"),
+    [
+        ("docs/results/h100-serving.md", "", ("h100", "8B"), "{0:.3f} ({1:.2f}×)", 9),
+        ("docs/results/h200-serving.md", "An 8B shape", ("h200", "8B"), "{0:.3f} ({1:.2f}×)", 9),
+        ("docs/results/h200-serving.md", "A 32B shape", ("h200", "32B"), "{0:.3f} ({1:.2f}×)", 3),
+        ("docs/vllm-facts.md", "", ("h100", "8B"), "{1:.2f}×", 4),
+    ],
 )
-def test_pages_show_the_evidence_of_serving_speed(page: str, form: str, count: int) -> None:
-    (table,) = load_evidence()
+def test_pages_show_the_evidence_of_serving_speed(
+    page: str, heading: str, of: tuple[str, str], form: str, count: int
+) -> None:
+    (table,) = (t for t in load_evidence() if t.device == of[0] and f"-{of[1]} shape" in t.model.name)
     timed = [row for row in table.rows if row.format != "compressed-tensors"]
-    shown = SPEEDS.findall((ROOT / page).read_text(encoding="utf-8"))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if heading:
+        text = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    shown = SPEEDS.findall(text)
     assert len(shown) == count
     for method, kernel, cache, weights, figures in shown:
         named, kept = (method + kernel).casefold(), "fp8" if cache == "FP8" else "auto"
