@@ -17,11 +17,13 @@ import multiprocessing
 import socket
 import sys
 import tempfile
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.common import markdown, one_line, say
+from benchmarks.gpu.common import count, markdown, one_line, say
 from benchmarks.gpu.shapes import write_tokenizer
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_json
@@ -38,9 +40,11 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", default=None, help="vLLM's executable or environment")
-    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--concurrency", type=count, default=256)
     parser.add_argument("--steps", type=float, nargs="+", default=[20, 8, 4], help="milliseconds of the engine's step")
     args = parser.parse_args()
+    if min(args.steps) <= 0:
+        parser.error("--steps wants milliseconds above 0")
     with one_line("client.py"):
         rows = [[f"{step:g}", f"{offered(args, step):,.0f}", f"{taken(args, step):,.0f}"] for step in args.steps]
     print("\n".join(markdown(["step, ms", "tokens/s offered", "tokens/s taken"], rows)))
@@ -60,6 +64,7 @@ def taken(args: argparse.Namespace, step: float) -> float:
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(port, step / 1e3), daemon=True)
     server.start()
     try:
+        _listening(port, server)
         with tempfile.TemporaryDirectory() as name, Loader(install) as loader:
             place = Path(name)
             write_json(place / "config.json", {"model_type": "llama", "vocab_size": VOCABULARY})
@@ -75,8 +80,20 @@ def taken(args: argparse.Namespace, step: float) -> float:
         server.terminate()
         server.join()
     if found["completed"] < 2 * args.concurrency:
-        raise HalfbyteError(f"{found['completed']} of {2 * args.concurrency} requests were answered")
+        why = next((error for error in found.get("errors", []) if error), "no reason given")
+        raise HalfbyteError(f"{found['completed']} of {2 * args.concurrency} requests were answered: {why[-200:]}")
     return float(found["output_throughput"])
+
+
+def _listening(port: int, server: BaseProcess) -> None:
+    """Wait until the stand-in takes connections. Raises HalfbyteError."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while server.is_alive() and time.monotonic() < deadline:
+        with socket.socket() as asked:
+            if asked.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise HalfbyteError("the stand-in for the server did not start")
 
 
 def serve(port: int, step: float) -> None:

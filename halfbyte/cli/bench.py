@@ -117,8 +117,6 @@ def bench(
         first = [Variant(BASELINE, reference)] if reference else []
         for model in (reference, directory, *(other for _, other, _ in configs)):
             Checkpoint(model or directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here
-        if evidence and reference:
-            refuse_others(evidence, platform.name, reference)
         others = [Variant(name, other or directory, words) for name, other, words in configs]
         variants = (*first, Variant(MODEL, directory), *others)
         request = BenchRequest(
@@ -136,6 +134,8 @@ def bench(
             None if stability is None else Watch(max(levels), stability, long, seed=seed),
             together=together,
         )
+        if evidence:
+            refuse_others(evidence, request, install)
         limit = float("inf") if seconds is None else seconds
         found = measure(request, output, install, force=force, progress=shown, seconds=limit, partial=True)
         result, stable = write_bench(output, found)
@@ -204,7 +204,7 @@ def tune(
     with progress() as shown:
         measured_here([request.platform], shown)
         result = do(request, directory, output, find_vllm(vllm), force=force, progress=shown)
-    emit(result, style, tune_words(directory, output, result))
+    emit(result, style, tune_words(directory, on, output, result))
 
 
 def beside(directory: Path) -> Path:

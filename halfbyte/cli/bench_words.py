@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def bench_words(output: Path, result: Mapping[str, Any], evidence: Path | None, 
     return "\n".join([*lines, f"results: {output / 'bench.json'}"])
 
 
-def tune_words(directory: Path, output: Path, result: Mapping[str, Any]) -> str:
+def tune_words(directory: Path, on: str, output: Path, result: Mapping[str, Any]) -> str:
     """Every flag that was tried, what was kept, and the command."""
     lines = [f"{result['platform']}: {result['hardware']}, vLLM {result['vllm']}; {result['concurrency']} at once", ""]
     rows: list[Sequence[str]] = [("flag", "value", "tokens/s", "against before", "95 % interval", "")]
@@ -52,7 +53,9 @@ def tune_words(directory: Path, output: Path, result: Mapping[str, Any]) -> str:
         f"{knob['flag']} is never kept by itself: {knob['changes']}" for knob in result["knobs"] if knob["changes"]
     ]
     lines += [f"{result['text'][:1].upper()}{result['text'][1:]}.", "", result["command"], ""]
-    return "\n".join([*lines, f"results: {output / 'tune.json'}"])
+    words = f" -- {shlex.join(result['words'])}" if result["words"] else ""
+    served = f"halfbyte serve {shlex.quote(str(directory))} --on {on} --concurrency {result['concurrency']}{words}"
+    return "\n".join([*lines, f"results: {output / 'tune.json'}", f"next: {served}"])
 
 
 def _fate(knob: Mapping[str, Any]) -> str:

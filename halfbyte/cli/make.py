@@ -118,11 +118,11 @@ def plan(
     stated = [g for g in resolve_gates(gate or []) if g.stated or g.kind.file in ALWAYS]
     budgets = {g.name: g.limit for g in stated}
     platforms = [load_platform(name, [*(evidence or []), cache_dir() / "evidence"]) for name in dict.fromkeys(on)]
-    for note in unused(evidence or [], platforms):
-        typer.echo(f"note: {note}", err=True)
     if vllm_version:
         facts_for(vllm_version)
         platforms = [p.model_copy(update={"vllm": vllm_version}) for p in platforms]
+    for note in unused(evidence or [], platforms):
+        typer.echo(f"note: {note}", err=True)
     target, ranks = Path("runs") / Path(model).name, ["--tensor-parallel-size", str(tp)] if tp > 1 else []
     with progress() as shown:
         checkpoint = open_for_plan(model, lambda: resolve_model(model, shown))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,17 +82,27 @@ def serve(
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    """Of the model as it was in BF16, two bytes each: from the manifest, where there is one, else of its tensors.
+    """Of the model as it was in BF16: from the manifest (two bytes each), where there is one, else of its tensors.
 
     0 where the weights cannot be read: no measurement is near then.
     """
     from halfbyte.artifact.manifest import MANIFEST, read_manifest
 
     try:
-        made = (checkpoint.path / MANIFEST).is_file()
-        return int(read_manifest(checkpoint.path)["bytes_bf16"] if made else checkpoint.total_bytes) // 2
+        if (checkpoint.path / MANIFEST).is_file():
+            return int(read_manifest(checkpoint.path)["bytes_bf16"]) // 2
+        return sum(_weights(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
     except HalfbyteError:
         return 0
+
+
+def _weights(name: str, dtype: str, shape: tuple[int, ...]) -> int:
+    """How many weights a tensor of anybody's artifact holds: 4-bit codes lie eight in a word or two in a byte."""
+    leaf = name.rpartition(".")[2]
+    if leaf in ("weight", "qweight", "weight_packed"):
+        return math.prod(shape) * {"I32": 8, "U8": 2}.get(dtype, 1)
+    beside = ("scale", "scales", "scale_2", "zeros", "zero_point", "g_idx", "shape")
+    return 0 if leaf.endswith(beside) else math.prod(shape)
 
 
 def ls(

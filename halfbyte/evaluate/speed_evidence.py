@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from halfbyte.artifact.manifest import read_manifest
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.served import format_of
-from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, Measured, Variant, command_for
+from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, BenchRequest, Measured, Variant, command_for
 from halfbyte.evaluate.speed_result import GIB, RATE, summary
 from halfbyte.evaluate.speed_room import SPACE_FLAG
 from halfbyte.evaluate.speed_stats import unsure
@@ -24,7 +24,7 @@ from halfbyte.models import Checkpoint
 from halfbyte.platforms import Platform, SpeedTable
 from halfbyte.platforms.base import KV_FLAG
 from halfbyte.platforms.evidence import problems, read_table
-from halfbyte.serving import ServeCommand, declared_variant
+from halfbyte.serving import ServeCommand, VllmInstall, declared_variant
 from halfbyte.serving.bench import NO_REUSE, OK
 from halfbyte.types import NVFP4_BLOCK
 
@@ -35,6 +35,10 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """Of the measured model, by their names in config.json."""
+LOUD = 0.5
+"""Noise from which a concurrency says nothing of kernels."""
+SERVERS = "--api-server-count"
+"""A flag that makes BF16 as much faster as 4 bits."""
 OURS = ("--max-num-seqs", "--max-model-len", "--tensor-parallel-size", "--host", "--port")
 """Flags that a command gets from what is asked of it."""
 METHODS = ("gptq", "awq")
@@ -72,15 +76,10 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "schema": 1,
         "kind": "speed",
         "measured": True,
-        "device": request.platform.name,
         "hardware": found.hardware,
         "vllm": found.install.version,
         "date": datetime.date.today().isoformat(),
-        "model": _model(base, str(result["baseline"])),
-        "dtype": found.commands[BASELINE].value("--dtype") or "bfloat16",
-        "tensor_parallel": found.commands[BASELINE].tensor_parallel,
-        "prompt_tokens": request.input_tokens,
-        "output_tokens": request.output_tokens,
+        **_work(request, found.commands[BASELINE], _model(base, str(result["baseline"]))),
         "note": f"vllm bench serve, median of {request.repeats}",
         "apart": {
             str(level): max(unsure([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
@@ -90,11 +89,27 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     }
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
+    loud = [level for level, noise in table["apart"].items() if noise > LOUD]
+    left_out += [
+        f"concurrency {', '.join(loud)}: nothing is told by repeats so far apart: more of them (--repeats)"
+    ] * bool(loud)
     try:
         SpeedTable.model_validate(table)
     except ValidationError as error:
         raise HalfbyteError(f"no evidence: {problems(error)}") from None
     return table, left_out
+
+
+def _work(request: BenchRequest, command: ServeCommand, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on what, as a table states it: two that differ in it are two measurements."""
+    return {
+        "device": request.platform.name,
+        "model": model,
+        "dtype": command.value("--dtype") or "bfloat16",
+        "tensor_parallel": command.tensor_parallel,
+        "prompt_tokens": request.input_tokens,
+        "output_tokens": request.output_tokens,
+    }
 
 
 def _unlike(found: Measured) -> dict[str, str]:
@@ -109,6 +124,8 @@ def _unlike(found: Measured) -> dict[str, str]:
             unlike[name] = "another model than the BF16 one"
         elif ours := [flag for flag in flags if flag in OURS]:
             unlike[name] = f"{ours[0]} is said by plan and serve themselves"
+        elif SERVERS in flags:
+            unlike[name] = f"{SERVERS} is no kernel's, and serves BF16 as well: bench both with it, after --"
         elif name != BASELINE and format_of(variant.directory) is None and not flags:
             if cache in seen:
                 unlike[name] = f"BF16 with the KV cache {cache} is there already"
@@ -133,50 +150,53 @@ def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
         raise refused(path, error) from error
 
 
-def refuse_others(path: Path, device: str, baseline: Path) -> None:
-    """Say before anything is measured that the evidence file holds another model, or another device. Raises
-    UsageError."""
-    if told := _others(path, device, _model(Variant(BASELINE, baseline), "")):
+def refuse_others(path: Path, request: BenchRequest, install: VllmInstall) -> None:
+    """Say before anything is measured that the file holds another measurement than this one of BF16 will be, or that it
+    is no evidence. Raises UsageError."""
+    base = next(variant for variant in request.variants if variant.name == BASELINE)
+    formats = {format_of(variant.directory) or "bf16" for variant in request.variants}
+    if told := _others(path, _work(request, command_for(request, base, install), _model(base, "")), formats):
         raise UsageError(told)
 
 
 def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
     """Write the evidence file (JSON); returns what was left out of it. A bench that was stopped does not replace a file
-    of more rows, and none replaces one of another model or device: HalfbyteError."""
+    of more rows, and none replaces another measurement, or what is no evidence: HalfbyteError."""
     table, left_out = evidence(found, result)
     make_directory(path.parent)
-    if told := _others(path, table["device"], table["model"]):
+    if told := _others(path, table, {row["format"] for row in table["rows"]}):
         raise HalfbyteError(told)
-    if found.stopped and _rows_there(path) > len(table["rows"]):
+    if found.stopped and path.is_file() and len(read_table(path).rows) > len(table["rows"]):
         return [*left_out, "it holds more than was measured until now, and is kept as it was"]
     write_json(path, table)
     return left_out
 
 
-def _rows_there(path: Path) -> int:
-    there = _there(path)
-    return len(there.rows) if there else 0
-
-
-def _there(path: Path) -> SpeedTable | None:
-    """The table in a file; None where there is none."""
-    try:
-        return read_table(path) if path.is_file() else None
-    except UsageError:
-        return None
-
-
-def _others(path: Path, device: str, model: Mapping[str, Any]) -> str:
-    """What to say where a file holds what was measured of another model, or on another device; else empty."""
-    there = _there(path)
-    same = ("parameters", *SIZES)
-    if there is None or (there.device, *(getattr(there.model, key) for key in same)) == (
-        device,
-        *(model[key] for key in same),
-    ):
+def _others(path: Path, table: Mapping[str, Any], formats: set[str]) -> str:
+    """What to say where a file holds another measurement than that table's, or something else; else empty. What a file
+    does not state is taken for the same."""
+    if not path.is_file():
         return ""
-    what = f"{there.model.name}, {there.model.parameters / 1e9:.2f} B parameters, on {there.device}"
-    return f"evidence {path} holds another measurement ({what}) and is kept: name another file"
+    try:
+        there = read_table(path)
+    except UsageError:
+        return f"{path} is there, and is no evidence: name another file"
+    told = there.model_dump(mode="json")
+    model = {key: table["model"][key] for key in ("parameters", *SIZES)}
+    alike = {key: told["model"][key] in (None, value) for key, value in model.items()}
+    alike["device"] = told["device"].casefold() == str(table["device"]).casefold()
+    for key in ("dtype", "tensor_parallel", "prompt_tokens", "output_tokens"):
+        alike[key] = told[key] == table[key]
+    lost = sorted({row["format"] for row in told["rows"]} - formats)
+    if all(alike.values()) and lost:
+        again = "measure it again with --config 'NAME: DIR'" if len(lost) == 1 else "measure them again with --config"
+        return f"evidence {path} holds {' and '.join(lost)} too, which would be lost: {again}, or name another file"
+    if all(alike.values()):
+        return ""
+    what = (
+        f"{there.model.name}, on {there.device}: another {' and '.join(key for key, same in alike.items() if not same)}"
+    )
+    return f"evidence {path} holds another measurement ({what}), which is kept: name another file"
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from halfbyte.errors import UsageError
 from halfbyte.models import FAMILIES, family_of
 from halfbyte.models.checkpoint import read_json
@@ -90,10 +88,7 @@ class Lane:
 
 
 def lanes(platform: Platform, width: int) -> list[Lane]:
-    """The visible devices, `width` to a lane, as far as they go; one lane where NVML does not tell of them, or on a
-    CPU, with what is free of its memory."""
-    if not platform.capabilities.accelerator:
-        return [Lane((), int(psutil.virtual_memory().available))]
+    """The visible devices, `width` to a lane, as far as they go; one lane where NVML does not tell of them."""
     nvml = load_nvml()
     handles = visible_devices(nvml) if nvml else []
     if not handles:

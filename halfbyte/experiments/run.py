@@ -341,7 +341,10 @@ class _Run:
 def baseline_model(directory: Path, named: str | None, progress: Progress) -> tuple[str, Path]:
     """(name, directory) of the BF16 model that an artifact is held against: the one that is named, or that it was made
     of. Raises UsageError where that is not known, or is a quantized one."""
-    name = named or artifact_baseline(directory)
+    try:
+        name = named or artifact_baseline(directory)
+    except HalfbyteError as error:
+        raise UsageError(f"{error}; name the BF16 model with --baseline") from None
     path = resolve_model(name, progress)
     if (form := format_of(path)) is not None:
         raise UsageError(f"{name} is quantized itself ({form}): name the BF16 model with --baseline")

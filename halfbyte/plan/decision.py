@@ -11,7 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.plan.rules import EVERY_FORMAT, GROUPS, GUIDE, NVFP4_BLOCKS, POLICY, Reason, Tier, data_source, guide
-from halfbyte.plan.speed import Model, best_speed, comparing, is_near, least_gain, mean_speed, speed_table
+from halfbyte.plan.speed import (
+    Model,
+    best_speed,
+    beyond_noise,
+    comparing,
+    elsewhere,
+    has_rows,
+    is_near,
+    least_gain,
+    mean_speed,
+    speed_table,
+    times,
+)
 from halfbyte.plan.words import joined, title, variant_of
 from halfbyte.platforms import Avoid, Platform, within
 from halfbyte.recipe.schema import Recipe
@@ -66,8 +78,10 @@ def choose(
     if not usable:
         avoided = [entry for entry in avoided if entry["title"] != title(gptq)]
         usable = [gptq]
-    chosen, why = _first(usable, platforms, levels)
-    decision = Decision(chosen, [why], avoided=[*avoided, *badly_served(usable, platforms)])
+    chosen, why = _first(usable, platforms, levels, size)
+    decision = Decision(
+        chosen, [why, *_not_compared(usable, platforms, size)], avoided=[*avoided, *badly_served(usable, platforms)]
+    )
     if chosen.method == "nvfp4":
         text = "group 16 is the format's own: larger groups share scales and save no bytes"
         decision.reasons.append(Reason("nvfp4-group", text, NVFP4_BLOCKS))
@@ -152,36 +166,67 @@ def nvfp4_for(platforms: Sequence[Platform], levels: Sequence[int], tier: Tier |
     keys = {**NVFP4, "boundary": {"keep": (tier or guide().tier(None)).boundary}}
     weight_only = Recipe.model_validate(keys)
     with_inputs = Recipe.model_validate({**keys, "activations": "fp4"})
-    for platform in (comparing(platform, [weight_only, with_inputs]) for platform in platforms):
+    for known in platforms:
+        platform = comparing(known, with_inputs, [weight_only])
         plain, other = mean_speed(weight_only, platform, levels), mean_speed(with_inputs, platform, levels)
         if not other:
+            if mean_speed(with_inputs, known, levels) and not mean_speed(weight_only, known, levels):
+                return with_inputs
             continue
         taken = [[best_speed(recipe, platform, level) for level in levels] for recipe in (weight_only, with_inputs)]
         least = least_gain(with_inputs, platform, levels)
-        if not plain or (taken[0] != taken[1] and other * least >= plain):
+        if plain and taken[0] != taken[1] and other * least >= plain:
             return with_inputs  # with a kernel of its own, which is the faster one where repeats tell
     measured = any(mean_speed(weight_only, platform, levels) for platform in platforms)
     warned = [any(_warnings(recipe, p) for p in platforms) for recipe in (weight_only, with_inputs)]
     return with_inputs if not measured and warned == [True, False] else weight_only
 
 
-def _first(usable: Sequence[Recipe], platforms: Sequence[Platform], levels: Sequence[int]) -> tuple[Recipe, Reason]:
+def _first(
+    usable: Sequence[Recipe], platforms: Sequence[Platform], levels: Sequence[int], size: Model | None
+) -> tuple[Recipe, Reason]:
     first = usable[0]
     names = joined([platform.name for platform in platforms]) or "every platform"
     if first.method != "nvfp4":
         return first, Reason("portable", f"{first.method.upper()} is the portable choice and loads on {names}", GUIDE)
+    told = f"NVFP4 is the first choice where every platform serves it: {names}"
     for other in usable[1:]:
-        for platform in (comparing(platform, [first, other]) for platform in platforms):
+        for known in platforms:
+            platform = comparing(known, first, usable[1:], size)
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
-            if a and b and table and b > a * least_gain(other, platform, levels):
-                at = joined([*map(str, levels)])
-                text = (
-                    f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} its fastest kernel "
-                    f"there measured {a:.2f}x BF16 and {other.method.upper()} {b:.2f}x"
-                )
+            if not (a and b and table and b > a):
+                continue
+            name, at, near = other.method.upper(), joined([*map(str, levels)]), size is None or is_near(table, size)
+            if b > a * least_gain(other, platform, levels):
+                figures = f"its fastest kernel there measured {a:.2f}x BF16 and {name} {b:.2f}x"
+                if size and not near:
+                    figures = f"{name} measured faster {elsewhere(table, size)} ({table.model.name.split(',')[0]})"
+                text = f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} {figures}"
                 return other, Reason("measured-faster", text, f"{GUIDE}; {table.evidence}")
-    return first, Reason("nvfp4-first", f"NVFP4 is the first choice where every platform serves it: {names}", GUIDE)
+            told += f"; {name} measured {b:.2f}x there and NVFP4 {a:.2f}x, which is within noise" if near else ""
+    return first, Reason("nvfp4-first", told, GUIDE)
+
+
+def _not_compared(usable: Sequence[Recipe], platforms: Sequence[Platform], size: Model | None) -> list[Reason]:
+    """Measurements near the model that could have decided and did not, for want of the first choice in them."""
+    found = []
+    for platform in platforms:
+        deciding = speed_table(comparing(platform, usable[0], usable[1:], size))
+        for table in platform.speed:
+            if table is deciding:
+                break
+            if not table.covers(platform.vllm) or (size and not is_near(table, size)):
+                continue
+            there = [recipe.method.upper() for recipe in usable[1:] if has_rows(table, recipe)]
+            if there and not has_rows(table, usable[0]):
+                first = usable[0].method.upper()
+                text = (
+                    f"{platform.name}: a measurement of {joined(there)} ({table.model.name.split(',')[0]}, "
+                    f"{table.date}) does not decide, for {first} is not in it: bench both in one go (--config)"
+                )
+                found.append(Reason("not-compared", text, str(table.evidence)))
+    return found
 
 
 def _layers(recipe: Recipe, budget: float | None, tier: Tier) -> list[Reason]:
@@ -205,7 +250,10 @@ def _also(recipe: Recipe, platforms: Sequence[Platform], levels: Sequence[int], 
         table = speed_table(platform, recipe.format, variant_of(recipe))
         bests = [(level, best) for level in levels if (best := best_speed(recipe, platform, level))]
         if table and bests and not table.lent and (size is None or is_near(table, size)):
-            gains = ", ".join(f"{gain:.2f}x at {table.nearest(level)}" for level, (_, gain) in bests)
+            measured = {table.nearest(level): best for level, best in bests}
+            gains = ", ".join(
+                f"{times(gain, beyond_noise(table, row, at))} at {at}" for at, (row, gain) in measured.items()
+            )
             kernels = joined([*dict.fromkeys(row.kernel for _, (row, _) in bests)])
             told.append(f"{platform.name}: {gains} ({kernels}, measured on {table.model.name.split(',')[0]})")
             sources.append(str(table.evidence))

@@ -12,7 +12,7 @@ from halfbyte.plan.memory import KV_BYTES, Device, KVShape, memory_estimate
 from halfbyte.plan.parallel import rank_bytes
 from halfbyte.plan.roofline import Work, work_of
 from halfbyte.plan.rules import CONFIGURATION
-from halfbyte.plan.speed import Model, best_speed, half_and_half, is_near, predict, speed_table
+from halfbyte.plan.speed import Model, best_speed, described, half_and_half, is_near, predict, speed_table
 from halfbyte.plan.windows import windows
 from halfbyte.plan.words import flag_words, variant_of
 from halfbyte.platforms import Platform, SpeedRow, facts_for
@@ -114,7 +114,7 @@ class Forecast:
             "context": context,
             "prompt_tokens": prompt,
             "output_tokens": output,
-            "evidence": f"{table.evidence}, {table.evidence.shape}" if table else None,
+            "evidence": described(table) if table else None,
             "measured_tokens": table.prompt_tokens + table.output_tokens if table else None,
             "near": bool(table and is_near(table, size)),
             "roofline": str(platform.roofline.evidence) if platform.roofline else None,

@@ -23,7 +23,7 @@ from halfbyte.plan.rules import (
     data_source,
     guide,
 )
-from halfbyte.plan.speed import Model, best_speed, elsewhere, is_near, speed_table
+from halfbyte.plan.speed import Model, best_speed, beyond_noise, elsewhere, is_near, speed_table, times
 from halfbyte.plan.words import flag_words, joined, variant_of
 from halfbyte.platforms import FormatSupport, Platform, facts_for
 from halfbyte.recipe.schema import Recipe
@@ -198,24 +198,28 @@ def _kernels(at: Setting) -> list[Reason]:
         best = best_speed(at.recipe, platform, level)
         if table is None or best is None:
             continue
-        row, gain = best
+        row, _ = best
         rows = table.rows_for(str(at.recipe.format), variant_of(at.recipe), row.kv_cache)
         default = [other for other in rows if not other.flags]
         near = is_near(table, at.size)
         if row.flags and default and not near:
             text = (
                 f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, the faster one by a measurement "
-                f"{elsewhere(table)}); without it vLLM takes {default[0].kernel}"
+                f"{elsewhere(table, at.size)}); without it vLLM takes {default[0].kernel}"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
         elif row.flags and default:
-            slow, measured = table.speedup(default[0], level), table.nearest(level)
+            levels = table.by_nearness(level)
+            measured = next((n for n in levels if table.differ(row, default[0], n)), levels[0])
+            fast, slow = (
+                times(table.speedup(r, measured), beyond_noise(table, r, measured)) for r in (row, default[0])
+            )
             text = (
-                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, measured {gain:.2f}x BF16 at "
-                f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow:.2f}x"
+                f"{platform.name}: serve with {flag_words(row.flags)} ({row.kernel}, measured {fast} BF16 at "
+                f"concurrency {measured}); without it vLLM takes {default[0].kernel}, {slow}"
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
-        slower = [c for c in row.seconds if row.seconds[c] > table.baseline.seconds[c] and table.told(row, c)]
+        slower = [c for c in row.seconds if table.speedup(row, c) < 1 and beyond_noise(table, row, c)]
         if slower and near:
             text = (
                 f"{platform.name}: at concurrency {joined([*map(str, slower)])} {row.kernel} measured slower than "
@@ -241,7 +245,7 @@ def _grounds(at: Setting) -> list[Reason]:
         elif table and not is_near(table, at.size):
             other = table.model.name.split(",")[0] + (", on one device" if table.tensor_parallel == 1 < at.tp else "")
             text = (
-                f"{platform.name}: kernels are ranked by a measurement {elsewhere(table)} ({other}); "
+                f"{platform.name}: kernels are ranked by a measurement {elsewhere(table, at.size)} ({other}); "
                 "the gains are the roofline's"
             )
             found.append(Reason("far-evidence", text, guide().near.source))

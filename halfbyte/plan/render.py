@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from halfbyte.plan.speed import times
 from halfbyte.plan.text import human_size, item, table, wrap
 
 LABEL = "  {:<10}"
-UNSURE = "~: not told from BF16, since repeats of one kernel lie as far apart"
+UNSURE = "~ within the noise of the measurement: may be faster or slower than BF16"
 
 
 def render_plan(plan: dict[str, Any], explain: bool = False, budget: Sequence[str] = ()) -> str:
@@ -60,6 +61,8 @@ def _verdict(plan: dict[str, Any], budget: Sequence[str]) -> str:
     promises = {row["platform"]: row["text"] for row in plan["strategy"]["gain"]}
     for row in plan["speed"]:
         lines.append(_labelled(row["platform"], _gains(row)))
+        if any(gain["told"] is False for gain in row["served"]):
+            lines.append(_labelled("", UNSURE))
         lines.append(_labelled("", f"the strategy's '+60-100 % tokens/s': {promises[row['platform']]}"))
         lines.append(_labelled("", _fits(memory[row["platform"]])))
     return "\n".join(lines)
@@ -69,18 +72,24 @@ def _gains(row: dict[str, Any]) -> str:
     known = [gain for gain in row["served"] if gain["gain"] is not None]
     if not known:
         return "speed against BF16 is not known here"
-    bases = {gain["basis"] for gain in known}
-    told = []
-    for gain in known:
-        said = f" ({gain['basis']})" if len(bases) > 1 else ""
-        told.append(f"{_times(gain)} at {gain['concurrency']}{said}")
-    basis = f" ({bases.pop()})" if len(bases) == 1 else ""
-    unsure = f"; {UNSURE}" if any(gain["told"] is False for gain in known) else ""
-    return f"speed against BF16 by concurrency: {', '.join(told)}{basis}; kernel {known[0]['kernel']}{unsure}"
+    bases = [_basis(gain) for gain in known]
+    shared = len(set(bases)) == 1
+    told = [
+        f"{times(gain['gain'], gain['told'])} at {gain['concurrency']}{'' if shared else f' ({basis})'}"
+        for gain, basis in zip(known, bases)
+    ]
+    basis = f" ({bases[0]})" if shared else ""
+    return f"speed against BF16 by concurrency: {', '.join(told)}{basis}; kernel {known[0]['kernel']}"
+
+
+def _basis(gain: dict[str, Any]) -> str:
+    """measured, measured at 256 (where another concurrency is asked for), roofline."""
+    at = gain["measured_at"]
+    return gain["basis"] if at in (None, gain["concurrency"]) else f"{gain['basis']} at {at}"
 
 
 def _fits(row: dict[str, Any]) -> str:
-    load = f"{row['concurrency']} sequences of {row['context']:,} tokens"
+    load = f"{row['concurrency']} sequence{'s' if row['concurrency'] > 1 else ''} of {row['context']:,} tokens"
     if row["usable_bytes"] is None:
         return f"{load} take {human_size(row['total_bytes'])}; this platform's memory is not known here"
     verdict = "fits" if row["fits"] else "DOES NOT FIT"
@@ -103,15 +112,11 @@ def _reasons(plan: dict[str, Any]) -> str:
 def _strategy(plan: dict[str, Any]) -> str:
     rows = []
     for row in plan["strategy"]["disagreements"]:
-        shape = "" if row["near"] else f", {row['elsewhere']}"
-        rows.append(
-            item(
-                f"{row['platform']}, concurrency {row['concurrency']}: the strategy's NVFP4, served without a flag "
-                f"({row['strategy']['kernel']}), measured {row['strategy']['gain']:.2f}x BF16{shape}; "
-                f"instead: {row['do']}",
-                row["source"],
-            )
+        text = (
+            f"{row['platform']}, concurrency {row['concurrency']}: the strategy's NVFP4, served without a flag "
+            f"({row['strategy']['kernel']}), {row['text']}; instead: {row['do']}"
         )
+        rows.append(item(text, row["source"]))
     return _section("Where the strategy and the evidence disagree", rows)
 
 
@@ -160,16 +165,12 @@ def _names(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _gain(gain: dict[str, Any]) -> str:
-    """1.50x m (measured), ~1.05x m (which its repeats do not tell from 1), 1.50x m@16 (measured at another
+    """1.50x m (measured), ~1.05x m (within noise), 1.50x m@16 (measured at another
     concurrency), 1.50x r (roofline), - (not known)."""
     if gain["gain"] is None:
         return "-"
     at = "" if gain["measured_at"] in (None, gain["concurrency"]) else f"@{gain['measured_at']}"
-    return f"{_times(gain)} {gain['basis'][0]}{at}"
-
-
-def _times(gain: dict[str, Any]) -> str:
-    return f"{'~' if gain['told'] is False else ''}{gain['gain']:.2f}x"
+    return f"{times(gain['gain'], gain['told'])} {gain['basis'][0]}{at}"
 
 
 def _at_context(entry: dict[str, Any]) -> tuple[str, ...]:

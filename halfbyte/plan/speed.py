@@ -29,19 +29,38 @@ class Model:
 
 def is_near(table: SpeedTable, model: Model) -> bool:
     """Whether a table's figures speak for a model."""
-    ratio = table.model.parameters / max(1, model.parameters)
-    limit = guide().near.parameters
-    return not table.lent and table.tensor_parallel == model.tp and 1 / limit <= ratio <= limit
+    near = _apart(table, model) <= math.log(guide().near.parameters)
+    return not table.lent and table.tensor_parallel == model.tp and near
 
 
-def elsewhere(table: SpeedTable) -> str:
+def elsewhere(table: SpeedTable, model: Model) -> str:
     """What a measurement that is not near is one of, in words."""
-    return f"on {table.device}" if table.lent else "on a model of another size"
+    if table.lent:
+        return f"on {table.device}"
+    size = _apart(table, model) > math.log(guide().near.parameters)
+    return "on a model of another size" if size else "on another number of devices"
 
 
 def nearest_first(platform: Platform, model: Model) -> Platform:
-    """The platform with its speed tables in the order in which this model should ask them: near ones, then newest."""
-    return platform.model_copy(update={"speed": tuple(sorted(platform.speed, key=lambda t: not is_near(t, model)))})
+    """The platform with its speed tables in the order in which this model should ask them: near ones as they are (the
+    newest first), then others of this device, with as many devices, of the nearest size."""
+
+    def rank(table: SpeedTable) -> tuple[float, ...]:
+        if is_near(table, model):
+            return (0,)
+        return (1, table.lent, table.tensor_parallel != model.tp, _apart(table, model))
+
+    return platform.model_copy(update={"speed": tuple(sorted(platform.speed, key=rank))})
+
+
+def _apart(table: SpeedTable, model: Model) -> float:
+    """The size of the measured model against this one, as a logarithm."""
+    return abs(math.log(table.model.parameters / max(1, model.parameters)))
+
+
+def described(table: SpeedTable) -> str:
+    """A measurement in a line: when, on what, and how."""
+    return ", ".join(part for part in (str(table.evidence), table.evidence.shape, table.note) if part)
 
 
 def speed_table(platform: Platform, format_name: str | None = None, variant: str | None = None) -> SpeedTable | None:
@@ -52,12 +71,30 @@ def speed_table(platform: Platform, format_name: str | None = None, variant: str
     return next(iter([*having, *tables]), None)
 
 
-def comparing(platform: Platform, recipes: Sequence[Recipe]) -> Platform:
-    """The platform with the first table alone that has rows for all of these recipes, so that figures of two tables are
-    not set against each other; as it is where none has."""
-    tables = [table for table in platform.speed if table.covers(platform.vllm)]
-    having = [t for t in tables if all(t.rows_for(str(r.format), variant_of(r)) for r in recipes)]
-    return platform.model_copy(update={"speed": tuple(having[:1])}) if having else platform
+def comparing(platform: Platform, first: Recipe, others: Sequence[Recipe], model: Model | None = None) -> Platform:
+    """The platform with one speed table alone, that which decides between a recipe and others: the first that has rows
+    for it and for one of them; none where there is no such table, for figures of two are not compared. Where a table
+    near the model has the recipe, only near ones count (without a model: all are taken for near)."""
+    tables = [t for t in platform.speed if t.covers(platform.vllm) and has_rows(t, first)]
+    near = [table for table in tables if model is None or is_near(table, model)]
+    deciding = [table for table in near or tables if any(has_rows(table, other) for other in others)]
+    return platform.model_copy(update={"speed": tuple(deciding[:1])})
+
+
+def has_rows(table: SpeedTable, recipe: Recipe) -> bool:
+    """Whether a recipe was measured there, in whatever kernel."""
+    return bool(table.rows_for(str(recipe.format), variant_of(recipe)))
+
+
+def beyond_noise(table: SpeedTable, row: SpeedRow, at: int) -> bool:
+    """Whether a kernel's speed is told from BF16's at a measured concurrency: by more than noise, and guide.yaml's."""
+    gain = table.speedup(row, at)
+    return max(gain, 1 / gain) > max(guide().margin.ratio, 1 + table.apart_at(at))
+
+
+def times(gain: float, told: bool | None) -> str:
+    """A gain in words: "1.31x", "~1.05x" where noise does not tell it from BF16."""
+    return f"{'~' if told is False else ''}{gain:.2f}x"
 
 
 def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[SpeedRow, float] | None:
@@ -72,7 +109,10 @@ def best_speed(recipe: Recipe, platform: Platform, concurrency: int) -> tuple[Sp
 
 
 def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float | None:
-    """The geometric mean over concurrencies of the best measured gain; None where nothing was measured."""
+    """The geometric mean of the best measured gain over the concurrencies that were measured nearest to these, each
+    once; None where nothing was measured."""
+    table = speed_table(platform, recipe.format, variant_of(recipe))
+    levels = list(dict.fromkeys(table.nearest(level) for level in levels)) if table else []
     gains = [best[1] for level in levels if (best := best_speed(recipe, platform, level))]
     return math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
 
@@ -100,7 +140,7 @@ def predict(
 
     title, method, format, variant, kernel, flags (as words), note, evidence, and `gains`: for every concurrency `gain`
     (times BF16; None: not known), `basis` ("measured", "roofline" or None), `measured_at` (the measurement's
-    concurrency), `told` (whether the measurement's repeats tell it from BF16; None: not measured), `tokens_per_second`
+    concurrency), `told` (whether it is more than noise; None: not measured), `tokens_per_second`
     (written, all sequences together), `roofline` (the roofline's gain at the stated context).
     """
     table = speed_table(platform, recipe.format, variant_of(recipe))
@@ -138,7 +178,7 @@ def _row(
         "kernel": kernel,
         "flags": flag_words(row.all_flags) if row else "",
         "note": row.note if row else "",
-        "evidence": f"{table.evidence}, {table.evidence.shape}" if table else None,
+        "evidence": described(table) if table else None,
         "gains": gains,
     }
 
@@ -155,7 +195,7 @@ def _measured(
                 "gain": round(table.speedup(row, level), 2),
                 "basis": "measured",
                 "measured_at": at,
-                "told": table.told(row, at),
+                "told": beyond_noise(table, row, at),
                 "tokens_per_second": round(written, 1),
                 "roofline": roofline,
             }

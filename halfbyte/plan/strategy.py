@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.plan.decision import hindrance
 from halfbyte.plan.rules import GUIDE, guide
-from halfbyte.plan.speed import Model, best_speed, elsewhere, is_near, least_gain, speed_table
+from halfbyte.plan.speed import Model, best_speed, beyond_noise, elsewhere, is_near, least_gain, speed_table, times
 from halfbyte.plan.words import flag_words, title, variant_of
 from halfbyte.platforms import Platform, SpeedRow, SpeedTable
 from halfbyte.recipe.schema import Recipe
@@ -22,8 +22,8 @@ def disagreements(
     """Platforms and concurrencies at which the strategy's first choice, served as it writes, is not the fastest.
 
     A row: platform, concurrency (that of the measurement), strategy {title, kernel, gain}, evidence [{title, kernel,
-    flags, gain}] (the faster ones, fastest first), do, source, near (whether the measurement is), elsewhere (in words,
-    what it is one of where it is not).
+    flags, gain}] (the faster ones, fastest first), text, do, source, near (whether the measurement is; where not, gains
+    are None).
     """
     if not platforms or any(hindrance(STRATEGY_FIRST, platform) for platform in platforms):
         return []
@@ -34,9 +34,8 @@ def disagreements(
         if not table or default is None:
             continue
         for at in dict.fromkeys(table.nearest(level) for level in levels):
-            row = _disagreement(platform, table, default, rivals, at)
-            if row:
-                rows.append({**row, "near": is_near(table, model), "elsewhere": elsewhere(table)})
+            row = _disagreement(platform, table, default, rivals, at, model)
+            rows += [row] if row else []
     return rows
 
 
@@ -48,7 +47,7 @@ def _default_row(table: SpeedTable, platform: Platform) -> SpeedRow | None:
 
 
 def _disagreement(
-    platform: Platform, table: SpeedTable, default: SpeedRow, rivals: Sequence[Recipe], at: int
+    platform: Platform, table: SpeedTable, default: SpeedRow, rivals: Sequence[Recipe], at: int, model: Model
 ) -> dict[str, Any] | None:
     slow = table.speedup(default, at)
     platform = platform.model_copy(update={"speed": (table,)})  # figures of one measurement
@@ -61,17 +60,38 @@ def _disagreement(
     if not faster:
         return None
     faster.sort(key=lambda entry: -entry[2])
-    ways = [f"{_way(recipe, row)} ({gain:.2f}x)" for recipe, row, gain in faster]
+    near = is_near(table, model)
+
+    def told(row: SpeedRow, gain: float) -> str:
+        return times(gain, beyond_noise(table, row, at))
+
+    if near:
+        text = f"measured {told(default, slow)} BF16"
+        ways = [f"{_way(recipe, row)} ({told(row, gain)})" for recipe, row, gain in faster]
+    else:
+        text = f"is not the fastest by a measurement {elsewhere(table, model)}"
+        ways = [_way(recipe, row) for recipe, row, _ in faster]
     return {
         "platform": platform.name,
         "concurrency": at,
-        "strategy": {"title": title(STRATEGY_FIRST), "kernel": default.kernel, "gain": round(slow, 2)},
+        "strategy": {
+            "title": title(STRATEGY_FIRST),
+            "kernel": default.kernel,
+            "gain": round(slow, 2) if near else None,
+        },
         "evidence": [
-            {"title": title(recipe), "kernel": row.kernel, "flags": flag_words(row.flags), "gain": round(gain, 2)}
+            {
+                "title": title(recipe),
+                "kernel": row.kernel,
+                "flags": flag_words(row.flags),
+                "gain": round(gain, 2) if near else None,
+            }
             for recipe, row, gain in faster
         ],
+        "text": text,
         "do": " or ".join(ways),
         "source": f"{GUIDE}, against {table.evidence}",
+        "near": near,
     }
 
 
@@ -115,7 +135,7 @@ def _told(found: dict[str, list[int]], guessed: bool) -> str:
     if found["fails"]:
         parts.append(f"does not hold at {at('fails')}" if parts else f"does not hold at concurrency {at('fails')}")
     if found["slower"]:
-        parts.append(f"at {at('slower')} 4 bits are slower than BF16, and what is gained is memory")
+        parts.append(f"at {at('slower')} it is slower than BF16, and what is gained is memory")
     if found["unknown"]:
         parts.append(f"no figure for concurrency {at('unknown')}: bench before you rely on a gain")
     if guessed and len(found["unknown"]) < sum(map(len, found.values())):

@@ -43,4 +43,4 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell == "-" or cell[0].isdigit()
+    return not cell or cell == "-" or cell.removeprefix("~")[:1].isdigit()

@@ -36,12 +36,19 @@ def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
     for path in paths:
         files = _files(path)
         told += [] if files else [f"evidence {path} holds no file ({', '.join(SUFFIXES)})"]
-        devices = {file: read_table(file).device for file in files}
+        tables = {file: read_table(file) for file in files}
+        devices = {file: table.device for file, table in tables.items()}
+        versions = " and ".join(dict.fromkeys(platform.vllm for platform in platforms))
         here = " or ".join(platform.name for platform in platforms)
         told += [
             f"evidence {file} is of {device}, not of {here}: it is not used"
             for file, device in devices.items()
             if device.casefold() not in known
+        ]
+        told += [
+            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {versions}: for that one add --vllm-version"
+            for file, table in tables.items()
+            if table.device.casefold() in known and not any(table.covers(platform.vllm) for platform in platforms)
         ]
     return told
 
@@ -58,6 +65,8 @@ def read_table(file: Path) -> SpeedTable:
 def parse_table(text: str, source: str) -> SpeedTable:
     """The table that YAML or JSON text spells; `source` names it in the UsageError that a wrong key raises."""
     tree = parse_mapping(text, f"evidence {source}")
+    if tree.get("kind") != "speed":
+        raise UsageError(f"evidence {source}: it is no evidence file, which says kind: speed")
     try:
         return SpeedTable.model_validate(tree)
     except ValidationError as error:

@@ -87,7 +87,8 @@ class SpeedTable(Data):
     note: str = ""
     apart: dict[int, float] = Field(
         default_factory=dict,
-        description="concurrency -> how far repeats of one kernel lay apart, or its interval reaches (0.1: 10 %)",
+        description="concurrency -> noise (0.1: 10 %): how far repeats of one kernel lay apart or, where that is more, "
+        "how far the interval of its median reaches",
     )
     rows: tuple[SpeedRow, ...]
     lent: bool = Field(False, description="set where another platform is `ranked_by` this one's")
@@ -117,6 +118,8 @@ class SpeedTable(Data):
             work += f", tensor parallel {self.tensor_parallel}"
         if self.prefill:
             work += f"; prefill is {self.prefill.prompts} prompts of {self.prefill.tokens}"
+        if self.baseline.kv_cache != "auto":
+            work += f"; BF16 with an {self.baseline.kv_cache.upper()} KV cache too"
         shape = f"{self.model.name}, {work}"
         return Evidence(
             kind="measured",
@@ -165,24 +168,20 @@ class SpeedTable(Data):
         return tuple(row for row in rows if row in kept.values())
 
     def apart_at(self, concurrency: int) -> float:
-        """How far repeats lay apart at the nearest measured concurrency; 0 where the file does not say."""
+        """The noise at the nearest measured concurrency; 0 where the file does not say."""
         return self.apart.get(self.nearest(concurrency), 0.0)
 
     def differ(self, row: SpeedRow, other: SpeedRow, at: int) -> bool:
-        """Whether two kernels lie further apart at a measured concurrency than the repeats of one."""
+        """Whether two kernels lie further apart at a measured concurrency than noise."""
         slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
         return slow > fast * (1 + self.apart_at(at))
-
-    def told(self, row: SpeedRow, at: int) -> bool:
-        """Whether a kernel lies further from BF16 at a measured concurrency than the repeats of one kernel apart."""
-        return self.differ(row, self.baseline, at)
 
     def by_nearness(self, concurrency: int) -> list[int]:
         """The measured concurrencies, the closest one (as a ratio) first."""
         return sorted(self.baseline.seconds, key=lambda c: abs(math.log(c / max(concurrency, 1))))
 
     def fastest(self, rows: Sequence[SpeedRow], concurrency: int) -> SpeedRow:
-        """The kernel that measured fastest at the nearest concurrency. Of those that its repeats do not tell apart, the
+        """The kernel that measured fastest at the nearest concurrency. Of those that noise does not tell apart, the
         fastest at the next concurrency that does."""
         left = list(rows)
         for at in self.by_nearness(concurrency):

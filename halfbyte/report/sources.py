@@ -128,8 +128,10 @@ def read_sources(run_dir: Path) -> Sources:
         if (b := _noted(file, run_dir, problems)) is not None
     )
     if not found and not benches and not problems:
-        names = ", ".join(places[0] for places in FILES.values())
-        raise UsageError(f"{run_dir} holds no results ({names}): run `halfbyte run` first")
+        raise UsageError(
+            f"{run_dir} holds no results: name the directory that `halfbyte run`, `sweep`, `eval` or `bench` wrote "
+            "into, or run one of them first"
+        )
     return _of_one_work(Sources(run=run_dir, benches=benches, problems=tuple(problems), **found))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.plan.speed import Model, elsewhere, is_near
+from halfbyte.plan.speed import Model, beyond_noise, elsewhere, is_near
 from halfbyte.platforms import FormatSupport, Platform, SpeedRow, SpeedTable, VllmFacts, facts_for, load_platform
 from halfbyte.platforms.schema import Flags
 
@@ -181,8 +181,9 @@ def _kernel(
     best = table.fastest(rows, wanted)
     if table.lent or (size and not is_near(table, size)):
         others = " or ".join(row.kernel for row in rows if row is not best)
+        where = elsewhere(table, size) if size else f"on {table.device}"
         over = f", rather than {others}," if others else ""
-        text = f"kernel {best.kernel}{over} by a measurement {elsewhere(table)}; what it gains here is not known"
+        text = f"kernel {best.kernel}{over} by a measurement {where}; what it gains here is not known"
         return best.flags, f"{text}: bench before you rely on it; {table.evidence}, {table.evidence.shape}"
     return best.flags, _speed_note(table, rows, best, table.nearest(wanted))
 
@@ -191,8 +192,8 @@ def _speed_note(table: SpeedTable, rows: Sequence[SpeedRow], best: SpeedRow, at:
     gain = table.speedup(best, at)
     unlike = len({row.kv_cache for row in rows}) > 1
     text = f"kernel {_named(best, unlike)}: {gain:.2f}x the speed of BF16 at concurrency {at}"
-    if not table.told(best, at):
-        text += f" (not told from it by repeats {table.apart_at(at):.0%} apart)"
+    if not beyond_noise(table, best, at):
+        text += f" (within noise, {table.apart_at(at):.0%})"
     elif gain < 1:
         text += " (slower: what is gained there is memory)"
     for other in rows:
@@ -213,8 +214,8 @@ def _against(table: SpeedTable, best: SpeedRow, other: SpeedRow, at: int, name: 
     if table.differ(best, other, at):
         return f"{other.seconds[at] / best.seconds[at]:.2f}x that of {name}"
     telling = next((level for level in table.by_nearness(at) if table.differ(best, other, level)), None)
-    beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x at {telling}"
-    return f"not told from {name} by repeats {table.apart_at(at):.0%} apart{beyond}"
+    beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x as fast at {telling}"
+    return f"no measurable difference from {name} there (noise {table.apart_at(at):.0%}){beyond}"
 
 
 def _without_overridden(flags: Flags, extra: Sequence[str]) -> Flags:

@@ -23,8 +23,10 @@ from benchmarks.gpu.common import cards, on_card
 from benchmarks.gpu.engines import Engine, Work, read_lines, rounds, run_engines, run_place
 from benchmarks.gpu.shapes import packed_model, random_model
 from halfbyte.artifact import load_fake_quantized
+from halfbyte.cli.serve import _parameters
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.formats import detect_format
+from halfbyte.models import Checkpoint
 from halfbyte.plan import choose
 from halfbyte.platforms import load_platform
 from halfbyte.platforms.evidence import read_table
@@ -83,6 +85,10 @@ def test_a_packed_random_model_is_whole_and_as_large_as_a_trained_one(tmp_path: 
         width = weights[linear].shape[1]
         assert float(weights[linear].float().std()) == pytest.approx(width**-0.5, rel=0.2)
         assert not (weights[linear] == 0).all(dim=1).any()
+    bf16 = random_model(tmp_path / "bf16", "random:tiny")
+    assert (
+        _parameters(Checkpoint(directory)) == _parameters(Checkpoint(bf16)) == sum(map(torch.numel, weights.values()))
+    )
 
 
 def test_a_random_model_is_kept_only_where_it_is_the_one_that_is_asked_for(

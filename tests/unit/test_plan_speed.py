@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from halfbyte.models import Checkpoint
-from halfbyte.plan import footprints, make_plan, render_plan
+from halfbyte.plan import choose, footprints, make_plan, render_plan
 from halfbyte.plan.memory import KVShape
 from halfbyte.plan.roofline import Load, Mass, Work, batch_seconds, work_of
-from halfbyte.plan.speed import Model, best_speed, is_near, nearest_first
+from halfbyte.plan.speed import Model, best_speed, beyond_noise, elsewhere, is_near, mean_speed, nearest_first
 from halfbyte.plan.strategy import disagreements, promise
 from halfbyte.platforms import load_platform
 from halfbyte.recipe.schema import Recipe
@@ -258,6 +258,92 @@ def test_the_h200_has_figures_of_its_own(of) -> None:
     assert gains[1] == pytest.approx(table.baseline.seconds[1] / ours.seconds[1], abs=0.01) and gains[1] > 1.6
     assert str(h200.roofline.evidence).startswith("measured, "), "its own"
     assert str(h200.support("gptq").evidence).startswith("measured on h100, "), "which kernels there are was seen there"
+
+
+def test_gains_within_noise_are_marked(of) -> None:
+    """The 8B shape on an H200: at 64 sequences Humming is 8 % ahead and noise 11 %, at 256 23 % behind and 49 %."""
+    text = render_plan(make_plan(of(LLAMA_8B), None, [load_platform("h200")], 256, [1, 64, 256]))
+    said = " ".join(text.split())
+    assert "1.33x at 1, ~1.08x at 64, ~0.77x at 256 (measured); kernel Humming, FP8 KV cache ~ within the noise" in said
+    assert "at 256 it is slower" not in said and "at concurrency 256 Humming" not in said, "not known"
+    assert "GPTQ with Machete, FP8 KV cache (~0.96x)" in said and "~0.84x at 256 (Machete" in said
+    assert "0.80x m" in said and "~0.80x" not in said, "Marlin is behind by more than noise"
+    assert "measured ~0.99x BF16 at concurrency 128); without it vLLM takes Marlin, FP8 KV cache, 0.65x" in said
+    rows = [line for line in text.splitlines() if line.startswith(("  NVFP4 ", "  GPTQ ", "  AWQ ")) and " m" in line]
+    assert len(rows) == 7 and len({len(line) for line in rows}) == 1, "numbers stand to the right"
+    told = " ".join(render_plan(make_plan(of(LLAMA_8B), None, [load_platform("h200")], 256, [512])).split())
+    assert "~0.77x at 512 (measured at 256); kernel" in told
+
+
+def test_slower_is_said_where_it_is_told() -> None:
+    def served(told):
+        return [{"platform": "x", "served": [{"concurrency": 8, "gain": 0.9, "basis": "measured", "told": told}]}]
+
+    assert [promise(served(told), [8])[0]["slower"] for told in (True, False, None)] == [[8], [], [8]]
+    assert "at 8 it is slower than BF16" in promise(served(True), [8])[0]["text"]
+
+
+def test_what_noise_leaves_open_is_the_guides_margin_where_a_file_says_nothing() -> None:
+    quiet = TABLE.model_copy(update={"apart": {}})
+    row = quiet.baseline.model_copy(update={"seconds": {n: s * 1.02 for n, s in quiet.baseline.seconds.items()}})
+    assert not beyond_noise(quiet, row, 64)
+    row = row.model_copy(update={"seconds": {n: s * 1.05 for n, s in quiet.baseline.seconds.items()}})
+    assert beyond_noise(quiet, row, 64) and not beyond_noise(quiet.model_copy(update={"apart": {64: 0.06}}), row, 64)
+
+
+def _measured(methods, gain, **changes):
+    """A table with BF16 and those methods, all as fast as `gain` says, at 1 and 64."""
+    kept = [row for row in TABLE.rows if row.method == "bf16" and row.kv_cache == "auto"]
+    for method in methods:
+        row = next(row for row in TABLE.rows if row.method == method and row.kv_cache == "auto")
+        kept.append(row.model_copy(update={"seconds": {n: s / gain[method] for n, s in kept[0].seconds.items()}}))
+    model = TABLE.model.model_copy(update=changes.pop("model", {}))
+    return TABLE.model_copy(update={"rows": tuple(kept), "model": model, "apart": {}, **changes})
+
+
+def test_one_measurement_decides() -> None:
+    """The newest near one that has the first choice and another; what is not in it does not displace the first."""
+    size = Model(TABLE.model.parameters)
+
+    def chosen(*tables):
+        decision = choose([4096], [nearest_first(H100.model_copy(update={"speed": tables}), size)], [64], size=size)
+        return decision.recipe.method, [reason.text for reason in decision.reasons]
+
+    slow, fast = {"nvfp4": 1.0, "gptq": 1.0, "awq": 1.0}, {"nvfp4": 1.0, "gptq": 1.0, "awq": 3.0}
+    assert chosen(_measured(["nvfp4", "gptq"], slow), _measured(["nvfp4", "awq"], fast))[0] == "nvfp4"
+    assert chosen(_measured(["nvfp4", "awq"], fast))[0] == "awq"
+    assert chosen(_measured(["nvfp4"], slow), _measured(["awq"], fast))[0] == "nvfp4", "two are not compared"
+    method, reasons = chosen(_measured(["awq"], fast), _measured(["nvfp4", "gptq"], slow))
+    assert method == "nvfp4" and any("AWQ" in why and "NVFP4 is not in it: bench both" in why for why in reasons)
+    far = _measured(["nvfp4", "gptq"], {"nvfp4": 1.0, "gptq": 2.0}, model={"parameters": 70 * 10**9})
+    assert chosen(_measured(["nvfp4"], slow), far)[0] == "nvfp4", "a far one does not overrule a near one"
+    method, reasons = chosen(far)
+    assert method == "gptq" and "GPTQ measured faster on a model of another size" in reasons[0]
+    assert "2.00x" not in reasons[0], "whose figures are not told"
+    method, reasons = chosen(_measured(["nvfp4", "gptq"], {"nvfp4": 1.5, "gptq": 1.51}))
+    assert method == "nvfp4" and "GPTQ measured 1.51x there and NVFP4 1.50x, which is within noise" in reasons[0]
+
+
+def test_levels_that_share_a_measurement_count_once() -> None:
+    recipe, uneven = RECIPES["gptq"], _measured(["gptq"], {"gptq": 1.0})
+    rows = (uneven.rows[0], uneven.rows[1].model_copy(update={"seconds": {1: 0.4095, 64: 1.169}}))
+    base = rows[0].model_copy(update={"seconds": {1: 0.819, 64: 1.169}})
+    platform = H100.model_copy(update={"speed": (uneven.model_copy(update={"rows": (base, rows[1])}),)})
+    assert mean_speed(recipe, platform, [1, 2, 3, 64]) == pytest.approx(2**0.5)
+
+
+def test_of_far_measurements_the_nearest_is_asked_first() -> None:
+    def sized(billions, **changes):
+        return TABLE.model_copy(
+            update={"model": TABLE.model.model_copy(update={"parameters": int(billions * 1e9)}), **changes}
+        )
+
+    small, large, lent, two = sized(8), sized(32), sized(64, lent=True), sized(64, tensor_parallel=2)
+    known = H100.model_copy(update={"speed": (lent, two, small, large)})
+    assert nearest_first(known, Model(200 * 10**9)).speed == (large, small, two, lent)
+    assert nearest_first(known, Model(16 * 10**9)).speed[:2] == (small, large), "both are near: as they were"
+    assert elsewhere(two, Model(64 * 10**9)) == "on another number of devices"
+    assert elsewhere(small, Model(64 * 10**9, 2)) == "on a model of another size"
 
 
 def test_figures_of_two_tables_are_credited_to_each(llama) -> None:

@@ -160,21 +160,29 @@ def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[P
 
 def test_evidence_of_another_model_is_not_replaced(whole: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
     found, file = whole[0], tmp_path / "speed.json"
-    refuse_others(file, "cpu", models[0])
+    refuse_others(file, found.request, found.install)
     write_evidence(file, found, bench_result(found))
-    refuse_others(file, "cpu", models[0])
+    first = file.read_text()
+    edit_json(file, lambda tree: (tree.update(device="CPU"), tree["model"].pop("vocab_size")))
+    refuse_others(file, found.request, found.install)
     write_evidence(file, found, bench_result(found))
-    with pytest.raises(UsageError, match=r"holds another measurement .* on cpu.* and is kept: name another file"):
-        refuse_others(file, "h100", models[0])
-    edit_json(file, lambda tree: tree["model"].update(blocks=tree["model"]["blocks"] + 1))
-    there = file.read_bytes()
-    with pytest.raises(UsageError, match="name another file"):
-        refuse_others(file, "cpu", models[0])
-    with pytest.raises(HalfbyteError, match="name another file"):
-        write_evidence(file, found, bench_result(found))
-    assert file.read_bytes() == there
-    file.write_text("not evidence")
-    write_evidence(file, found, bench_result(found))
+    assert file.read_text() == first, "the same in other words"
+    for change, says in (
+        (lambda tree: tree.update(device="h100"), "on h100: another device.*kept: name another file"),
+        (lambda tree: tree["model"].update(blocks=99), "another blocks"),
+        (lambda tree: tree.update(tensor_parallel=2, output_tokens=9), "another tensor_parallel and output_tokens"),
+        (lambda tree: tree["rows"].append({**tree["rows"][1], "format": "awq"}), "holds awq too, which would be lost"),
+        (lambda tree: tree.update(kind="bench"), "is there, and is no evidence"),
+        (lambda tree: tree.update(unknown=1), "is there, and is no evidence"),
+    ):
+        file.write_text(first)
+        edit_json(file, change)
+        there = file.read_bytes()
+        with pytest.raises(UsageError, match=says):
+            refuse_others(file, found.request, found.install)
+        with pytest.raises(HalfbyteError, match=says):
+            write_evidence(file, found, bench_result(found))
+        assert file.read_bytes() == there
 
 
 def replace_request(found: Any, request: BenchRequest) -> Any:
@@ -326,6 +334,17 @@ def test_tune_keeps_what_is_surely_faster(install: Any, models: tuple[Path, Path
         tune(replace(request, extra=SLOW), models[1], tmp_path, install)
 
 
+def test_tune_tries_some_flags_from_a_concurrency_on(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
+    evidence = CPU.hardware.model_dump(mode="json")
+    knobs = [{"flag": "--api-server-count", "values": ["4"], "least": 4, "evidence": evidence}]
+    known = type(CPU).model_validate(CPU.model_dump(mode="json") | {"tune": knobs})
+    few, many = (replace(asked(models, level), platform=known, extra=()) for level in (3, 4))
+    with pytest.raises(HalfbyteError, match="no flag is known to matter"):
+        tune(few, models[1], tmp_path / "few", install)
+    (knob,) = tune(many, models[1], tmp_path / "many", install)["knobs"]
+    assert [row["value"] for row in knob["tried"]] == [None, "4"]
+
+
 def test_tune_tries_without_what_the_platform_measured(install: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
     """`serve` takes Humming there by the platform's figures. Not so what `tune` compares it with."""
     model = shutil.copytree(models[1], tmp_path / "nvfp4")
@@ -344,7 +363,9 @@ def test_tune_tries_without_what_the_platform_measured(install: Any, models: tup
     assert "--linear-backend humming" in result["command"]
     cache = next(row for row in result["knobs"] if row["flag"] == "--kv-cache-dtype")
     assert cache["stands"] == "fp8" and cache["kept"] is None
-    words = tune_words(model, tmp_path / "out", result)
+    words = tune_words(model, "h100", tmp_path / "out", result)
+    last = words.splitlines()[-1]
+    assert last == f"next: halfbyte serve {model} --on h100 --concurrency 2 -- --linear-backend humming"
     assert "(fp8)" in words and "kept by the platform's measurements" in words
     tree = h100.model_dump(mode="json", by_alias=True)
     for row in (row for table in tree["speed"] for row in table["rows"] if row["flags"]):

@@ -104,8 +104,6 @@ def test_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert room.lanes(H100, 2) == [room.Lane(("0", "1"), 3), room.Lane(("2", "3"), 4)]
     assert room.lanes(H100, 4) == [room.Lane((), 3)] and room.lanes(H100, 3) == [room.Lane((), 3)]
-    (lane,) = room.lanes(load_platform("cpu"), 1)
-    assert lane.cards == () and lane.free > 1 << 28
 
 
 def test_how_many_devices_a_server_takes() -> None:

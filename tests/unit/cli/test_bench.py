@@ -201,6 +201,10 @@ def test_evidence_that_cannot_be_is_refused_before_anything_is_measured(
     words = (*FEW, "--on", "cpu", "--vllm", fake, "-o", tmp_path / "out", "--evidence")
     assert "leave out --alone" in refused(2, "bench", artifact, "--alone", *words, tmp_path / "a.json")
     assert "is no 4-bit artifact" in refused(2, "bench", model, "--baseline", model, *words, tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"kind": "plan"}')
+    told = refused(2, "bench", artifact, "--baseline", model, *words, tmp_path / "a.json")
+    assert "is there, and is no evidence: name another file" in told
+    (tmp_path / "a.json").unlink()
     (tmp_path / "file").touch()
     told = refused(1, "bench", artifact, "--baseline", model, *words, tmp_path / "file" / "a.json")
     assert "cannot be written" in told and not (tmp_path / "out").exists() and not (tmp_path / "a.json").exists()
