@@ -135,7 +135,7 @@ def _speed(row: dict[str, Any]) -> str:
         return ""
     levels = [str(gain["concurrency"]) for gain in row["rows"][0]["gains"]]
     bases = {gain["basis"] for entry in row["rows"] for gain in entry["gains"]}
-    rows = [("recipe", "kernel", *levels), *((*_names(entry), *map(_gain, entry["gains"])) for entry in row["rows"])]
+    rows = [("recipe", "kernel", *levels), *((*_short(entry), *map(_gain, entry["gains"])) for entry in row["rows"])]
     parts = [f"Speed against BF16 on {row['platform']}, by concurrency", table(rows)]
     sources = dict.fromkeys(entry["evidence"] for entry in row["rows"] if _measured(entry))
     for source in sources:
@@ -164,6 +164,11 @@ def _names(entry: dict[str, Any]) -> tuple[str, str]:
     return entry["method"].upper(), entry["kernel"]
 
 
+def _short(entry: dict[str, Any]) -> tuple[str, str]:
+    """The same for a table, which is wide."""
+    return entry["method"].upper(), entry["kernel"].replace(" KV cache", " KV")
+
+
 def _gain(gain: dict[str, Any]) -> str:
     """1.50x m (measured), ~1.05x m (within noise), 1.50x m@16 (measured at another
     concurrency), 1.50x r (roofline), - (not known)."""
@@ -174,7 +179,7 @@ def _gain(gain: dict[str, Any]) -> str:
 
 
 def _at_context(entry: dict[str, Any]) -> tuple[str, ...]:
-    return (*_names(entry), *(f"{gain['roofline']:.2f}x r" for gain in entry["gains"]))
+    return (*_short(entry), *(f"{gain['roofline']:.2f}x r" for gain in entry["gains"]))
 
 
 def _long(row: dict[str, Any]) -> bool:
