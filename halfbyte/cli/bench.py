@@ -108,12 +108,15 @@ def bench(
     levels = _levels(concurrency) or []
     configs = [_config(text) for text in config or []]
     platform, output = load_platform(on), into or beside(directory)
+    Checkpoint(directory)
     install = find_vllm(vllm)
     if evidence:
         refuse_evidence(evidence, directory, alone)
     with progress() as shown:
         measured_here([platform], shown)
         reference = None if alone else _baseline(directory, baseline, shown)
+        if reference is None and not alone:
+            shown.say(f"{directory} is not in 4 bits: it is measured alone")
         first = [Variant(BASELINE, reference)] if reference else []
         for model in (reference, directory, *(other for _, other, _ in configs)):
             Checkpoint(model or directory).tensors  # noqa: B018  a missing or truncated shard gets its one line here

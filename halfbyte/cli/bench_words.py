@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.evaluate.speed_result import called
+
 GIB = 1 << 30
 HEAD = ("", "tokens/s", "95 % interval", "x BF16", "95 % interval", "TTFT p50/p95", "ITL p50/p95", "e2e p50/p95/p99")
 
@@ -15,15 +17,16 @@ def bench_words(output: Path, result: Mapping[str, Any], evidence: Path | None, 
     """A table for every concurrency, memory, what it means, where it stands."""
     shape = f"{result['input_tokens']} tokens in, {result['output_tokens']} out, {result['repeats']} runs each"
     lines = [f"{result['platform']}: {result['hardware']}, vLLM {result['vllm']}; {shape}; times in ms", ""]
+    names = {"baseline": "BF16", "model": called(result["format"])}
     rows: list[Sequence[str]] = [HEAD]
     for point in result["points"]:
-        rows += list(_rows(f"{point['concurrency']} at once", point, "output_tokens_per_second"))
+        rows += list(_rows(f"{point['concurrency']} at once", names, point, "output_tokens_per_second"))
     if result["prefill"]:
         prefill = result["prefill"]
         name = f"{prefill['prompts']} prompts of {prefill['input_tokens']}"
-        rows += list(_rows(name, prefill, "total_tokens_per_second"))
+        rows += list(_rows(name, names, prefill, "total_tokens_per_second"))
     lines += [*_aligned(rows), ""]
-    lines += [_memory(name, entry) for name, entry in result["memory"].items()]
+    lines += [_memory(names.get(name, name), entry) for name, entry in result["memory"].items()]
     lines += [f"{text[:1].upper()}{text[1:]}." for text in result["text"]]
     lines += _stability(result.get("stability"))
     lines += [f"evidence: {evidence} (halfbyte serve, plan --evidence {evidence})"] if evidence else []
@@ -62,16 +65,16 @@ def _fate(knob: Mapping[str, Any]) -> str:
     return "kept by the platform's measurements" if knob["known"] else "kept"
 
 
-def _rows(name: str, point: Mapping[str, Any], rate: str) -> Iterable[Sequence[str]]:
-    named = {"BF16": point.get("baseline"), "4-bit": point.get("model"), **point.get("configs", {})}
-    for label, entry in named.items():
+def _rows(name: str, names: Mapping[str, str], point: Mapping[str, Any], rate: str) -> Iterable[Sequence[str]]:
+    sides = {side: point.get(side) for side in names} | point.get("configs", {})
+    for side, entry in sides.items():
         if entry is None:
             continue
-        title = f"{name}, {label}"
+        title = f"{name}, {names.get(side, side)}"
         if entry["status"] != "ok":
             yield (title, entry["status"], *[""] * 6)
             continue
-        gain = point["speedup"] if label == "4-bit" else entry.get("speedup")
+        gain = point["speedup"] if side == "model" else entry.get("speedup")
         speed = entry[rate]
         yield (
             title,
@@ -95,13 +98,12 @@ def _times(metric: Mapping[str, float | None], keys: Sequence[str]) -> str:
 
 
 def _memory(name: str, entry: Mapping[str, Any]) -> str:
-    called = {"baseline": "BF16", "model": "4-bit"}.get(name, name)
     words = [f"weights {entry['weight_bytes'] / GIB:.2f} GiB ({entry['weight_bytes_from']})"]
     if entry["peak_device_bytes"]:
         words.append(f"most memory in use {entry['peak_device_bytes'] / GIB:.2f} GiB")
     if entry["kv_cache_tokens"]:
         words.append(f"room for {entry['kv_cache_tokens']:,} tokens of keys and values")
-    return f"{called}: {', '.join(words)}"
+    return f"{name}: {', '.join(words)}"
 
 
 def _stability(stable: Mapping[str, Any] | None) -> list[str]:

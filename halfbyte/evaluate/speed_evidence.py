@@ -90,9 +90,9 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     if request.prefill:
         table["prefill"] = {"prompts": request.points[PREFILL].requests, "tokens": request.prefill}
     loud = [level for level, noise in table["apart"].items() if noise > LOUD]
-    left_out += [
-        f"concurrency {', '.join(loud)}: nothing is told by repeats so far apart: more of them (--repeats)"
-    ] * bool(loud)
+    if loud:
+        at = ", ".join(loud)
+        left_out.append(f"what tells kernels apart at concurrency {at}, for repeats lie too far apart (more --repeats)")
     try:
         SpeedTable.model_validate(table)
     except ValidationError as error:
@@ -193,9 +193,8 @@ def _others(path: Path, table: Mapping[str, Any], formats: set[str]) -> str:
         return f"evidence {path} holds {' and '.join(lost)} too, which would be lost: {again}, or name another file"
     if all(alike.values()):
         return ""
-    what = (
-        f"{there.model.name}, on {there.device}: another {' and '.join(key for key, same in alike.items() if not same)}"
-    )
+    other = " and ".join(key for key, same in alike.items() if not same)
+    what = f"{there.model.name}, on {there.device}: another {other}"
     return f"evidence {path} holds another measurement ({what}), which is kept: name another file"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.artifact import work_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
+from halfbyte.evaluate.served import format_of
 from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, STABILITY, Measured, Variant
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.stability import judge
@@ -39,6 +40,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         prefill = {"input_tokens": request.prefill, "prompts": load.requests, "concurrency": load.concurrency}
         prefill |= _point(found, PREFILL)
     directories = {variant.name: portable(variant.directory) for variant in request.variants}
+    form = next((format_of(variant.directory) for variant in request.variants if variant.name == MODEL), None)
     return {
         "schema": 1,
         "kind": "bench",
@@ -46,6 +48,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "hardware": found.hardware,
         "vllm": found.install.version,
         "model": directories.get(MODEL),
+        "format": form,
         "work": _work(found),
         "baseline": directories.get(BASELINE),
         "input_tokens": request.input_tokens,
@@ -63,7 +66,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "notes": found.notes,
         "stopped": found.stopped,
         "runs_done": sum(job.result is not None for job in found.jobs),
-        "text": [*sentences(points), *_stopped(found)],
+        "text": [*sentences(points, called(form)), *_stopped(found)],
         "seconds": round(found.seconds, 2),
         "confidence": CONFIDENCE,
     }
@@ -121,8 +124,12 @@ def summary(runs: Sequence[Mapping[str, Any]], repeats: int) -> dict[str, Any]:
     }
 
 
-def sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the promise of +60 % holds, where 4 bits are slower, and which configuration is fastest where."""
+def sentences(points: Sequence[Mapping[str, Any]], model: str = "4-bit") -> list[str]:
+    """Where the promise of +60 % holds, where 4 bits are slower, and which configuration is fastest where.
+
+    model   what the artifact is called
+    """
+    names = {BASELINE: "BF16", MODEL: model}
     told = [_promise(points)] if any(BASELINE in point for point in points) else []
     slower = [p["concurrency"] for p in points if p.get("speedup") and p["speedup"]["high"] < 1]
     told += [f"slower than BF16 at concurrency {_and(slower)}: what is gained there is memory"] if slower else []
@@ -130,10 +137,11 @@ def sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
         named = {MODEL: point.get(MODEL), **point.get("configs", {})}
         ran = {name: entry for name, entry in named.items() if entry and entry["status"] == OK}
         if len(ran) > 1:
-            told.append(f"at concurrency {point['concurrency']} {_fastest(ran)}")
+            fastest = _fastest({names.get(name, name): entry for name, entry in ran.items()})
+            told.append(f"at concurrency {point['concurrency']} {fastest}")
     broke = [(p["concurrency"], name, p[name]) for p in points for name in (BASELINE, MODEL) if name in p]
     told += [
-        f"concurrency {level}, {_called(name)}: {entry['status']}: {entry['reason']}"
+        f"concurrency {level}, {names[name]}: {entry['status']}: {entry['reason']}"
         for level, name, entry in broke
         if entry["status"] not in (OK, ABSENT)
     ]
@@ -223,17 +231,16 @@ def _fastest(ran: Mapping[str, Mapping[str, Any]]) -> str:
     others = [name for name in rates if name != best]
     near = [name for name in others if rates[name]["high"] >= rates[best]["low"]]
     gains = [
-        f"{rates[best]['value'] / rates[name]['value']:.2f}x the speed of {_called(name)}"
-        for name in others
-        if name not in near
+        f"{rates[best]['value'] / rates[name]['value']:.2f}x the speed of {name}" for name in others if name not in near
     ]
-    alike = f"not told from {', '.join(map(_called, near))} by these repeats" if near else ""
+    alike = f"not told from {', '.join(near)} by these repeats" if near else ""
     verdict = "is fastest" if gains or not alike else "has the highest median"
-    return f"{_called(best)} {verdict}: {', '.join([*gains, *([alike] if alike else [])])}"
+    return f"{best} {verdict}: {', '.join([*gains, *([alike] if alike else [])])}"
 
 
-def _called(name: str) -> str:
-    return {BASELINE: "BF16", MODEL: "4-bit"}.get(name, name)
+def called(form: str | None) -> str:
+    """What the measured model is called, by its format (None: it is not in 4 bits)."""
+    return "4-bit" if form else "BF16"
 
 
 def _and(numbers: Sequence[int]) -> str:

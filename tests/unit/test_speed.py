@@ -17,13 +17,14 @@ from halfbyte.cli.bench_words import tune_words
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.speed import BASELINE, MODEL, BenchRequest, Variant
 from halfbyte.evaluate.speed_evidence import kernel_name, refuse_others, write_evidence
-from halfbyte.evaluate.speed_result import bench_result, sentences, stability_result, write_bench
+from halfbyte.evaluate.speed_result import RATE, bench_result, sentences, stability_result, write_bench
 from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.speed_tune import tune
 from halfbyte.evaluate.stability import Watch
 from halfbyte.experiments.bench_cells import bench_cells
 from halfbyte.platforms import load_platform
+from halfbyte.platforms.evidence import read_table
 from halfbyte.serving import find_vllm, serve_command
 from halfbyte.serving.bench import ended
 from halfbyte.serving.bench_memory import PeakMemory, device_bytes, tree_bytes
@@ -156,6 +157,26 @@ def test_evidence_makes_serve_name_the_fastest_flags(whole: Any, models: tuple[P
     assert line.value("--linear-backend") == "slow"
     with pytest.raises(HalfbyteError, match="bench with --baseline"):
         write_evidence(file, replace_request(found, alone(found.request)), {})
+
+
+def test_evidence_says_what_its_repeats_do_not_tell(
+    whole: Any, install: Any, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Repeats far apart, and a flag that makes BF16 faster as well."""
+    found, out = whole
+    more = Variant("servers", models[1], ("--api-server-count", "4"))
+    asked_for = replace(found.request, variants=(*found.request.variants, more))
+    also = measure(asked_for, out, install)
+    result = bench_result(also)
+    (left_out,) = write_evidence(tmp_path / "a.json", also, result)
+    assert left_out.startswith("servers: --api-server-count is no kernel's")
+    assert len(read_table(tmp_path / "a.json").rows) == 3
+    for job in also.jobs:
+        if job.point == "c4" and job.turn == 0 and job.file.stem.endswith("-r1"):
+            assert job.result is not None
+            job.result = {**job.result, RATE: job.result[RATE] * 1.9}
+    told = write_evidence(tmp_path / "b.json", also, bench_result(also))
+    assert told[-1] == "what tells kernels apart at concurrency 4, for repeats lie too far apart (more --repeats)"
 
 
 def test_evidence_of_another_model_is_not_replaced(whole: Any, models: tuple[Path, Path], tmp_path: Path) -> None:

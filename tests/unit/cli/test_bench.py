@@ -219,7 +219,17 @@ def test_what_is_refused(artifact: Path, fake: Path, tmp_path: Path, refused: An
     assert "the model takes 256" in refused(2, *words, "--alone", "--output", 4000)
     assert "is not a model directory" in refused(2, "tune", tmp_path, "--on", "cpu", "--concurrency", 1)
     assert "unknown platform" in refused(2, "bench", artifact, "--on", "moon")
+    told = refused(2, "bench", tmp_path / "none", "--on", "cpu", "--vllm", tmp_path / "no vllm either")
+    assert "is not a model directory" in told, "what is wrong with what one named first comes first"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bf16_model_is_measured_alone_and_called_so(model: Path, fake: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ("--on", "cpu", *FEW, "--prefill", 0, "--vllm", fake, "-o", tmp_path / "out")
+    assert halfbyte("bench", model, *words) == 0
+    said = capsys.readouterr()
+    assert "at once, BF16" in said.out and "4-bit" not in said.out
+    assert f"{model} is not in 4 bits: it is measured alone" in said.err
 
 
 def test_results_go_beside_the_artifact(tmp_path: Path) -> None:
