@@ -53,6 +53,7 @@ def serve(
     except HalfbyteError:
         if not only_print or vllm:
             raise
+    version = install.version if install and not only_print else next(iter(seen), platform.vllm)
     command = serve_command(
         directory,
         format_of(directory),
@@ -61,10 +62,10 @@ def serve(
         concurrency=concurrency,
         port=port,
         extra=context.args,
-        vllm_version=install.version if install and not only_print else next(iter(seen), None),
+        vllm_version=version,
         size=size,
     )
-    notes = [*unused(evidence or [], [platform]), *command.notes]
+    notes = [*unused(evidence or [], [platform.model_copy(update={"vllm": version})]), *command.notes]
     if only_print:
         try:
             checkpoint.tensors  # noqa: B018

@@ -46,7 +46,7 @@ def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
             if device.casefold() not in known
         ]
         told += [
-            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {versions}: for that one add --vllm-version"
+            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {versions}: it is not used (--vllm-version)"
             for file, table in tables.items()
             if table.device.casefold() in known and not any(table.covers(platform.vllm) for platform in platforms)
         ]

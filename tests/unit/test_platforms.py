@@ -252,6 +252,7 @@ def test_the_users_evidence_changes_the_choice(tmp_path):
         (("device: h100", "device: h100\nspeed: fast"), "speed"),
         (("vllm: 0.26.1", 'vllm: 0.26.1\nsince: "0.30"'), "lies outside"),
         (("kind: speed", "kind: [speed"), "not valid YAML or JSON"),
+        (("kind: speed", "kind: bench"), "it is no evidence file, which says kind: speed$"),
         (("vllm: 0.26.1", "vllm: newest"), "no version"),
     ],
 )
@@ -339,4 +340,7 @@ def test_evidence_that_says_nothing_of_a_platform_is_named(tmp_path):
     assert unused([tmp_path / "h100.json"], [mine]) == [], "it ranks kernels there"
     assert unused([tmp_path / "h100.json"], [h200]) != [], "the H200 has figures of its own"
     assert unused([tmp_path], [cpu, h100]) == [f"{other} cpu or h100: it is not used"]
+    newer = h100.model_copy(update={"vllm": "0.33.0"})
+    (told,) = unused([tmp_path / "h100.json"], [newer])
+    assert told.endswith("is of vLLM 0.26.0, and this speaks of 0.33.0: it is not used (--vllm-version)")
     assert unused([tmp_path / "empty"], [cpu]) == [f"evidence {tmp_path / 'empty'} holds no file (.yaml, .yml, .json)"]
