@@ -204,7 +204,8 @@ def _first(
                     figures = f"{name} measured faster {elsewhere(table, size)} ({table.model.name.split(',')[0]})"
                 text = f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} {figures}"
                 return other, Reason("measured-faster", text, f"{GUIDE}; {table.evidence}")
-            told += f"; {name} measured {b:.2f}x there and NVFP4 {a:.2f}x, which is within noise" if near else ""
+            there = f"on {known.name} {name} measured {b:.2f}x and NVFP4 {a:.2f}x"
+            told += f"; {there}, which is within noise" if near else ""
     return first, Reason("nvfp4-first", told, GUIDE)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.plan.speed import Model, beyond_noise, elsewhere, is_near
+from halfbyte.plan.speed import Model, beyond_noise, elsewhere, is_near, noise
 from halfbyte.platforms import FormatSupport, Platform, SpeedRow, SpeedTable, VllmFacts, facts_for, load_platform
 from halfbyte.platforms.schema import Flags
 
@@ -193,7 +193,7 @@ def _speed_note(table: SpeedTable, rows: Sequence[SpeedRow], best: SpeedRow, at:
     unlike = len({row.kv_cache for row in rows}) > 1
     text = f"kernel {_named(best, unlike)}: {gain:.2f}x the speed of BF16 at concurrency {at}"
     if not beyond_noise(table, best, at):
-        text += f" (within noise, {table.apart_at(at):.0%})"
+        text += f" (within noise, {noise(table, at):.0%})"
     elif gain < 1:
         text += " (slower: what is gained there is memory)"
     for other in rows:

@@ -321,7 +321,7 @@ def test_one_measurement_decides() -> None:
     assert method == "gptq" and "GPTQ measured faster on a model of another size" in reasons[0]
     assert "2.00x" not in reasons[0], "whose figures are not told"
     method, reasons = chosen(_measured(["nvfp4", "gptq"], {"nvfp4": 1.5, "gptq": 1.51}))
-    assert method == "nvfp4" and "GPTQ measured 1.51x there and NVFP4 1.50x, which is within noise" in reasons[0]
+    assert method == "nvfp4" and "on h100 GPTQ measured 1.51x and NVFP4 1.50x, which is within noise" in reasons[0]
 
 
 def test_levels_that_share_a_measurement_count_once() -> None:
