@@ -183,6 +183,7 @@ def tune(
     from halfbyte.cli.bench_words import tune_words
     from halfbyte.evaluate.speed import BenchRequest
     from halfbyte.evaluate.speed_machine import measured_here
+    from halfbyte.evaluate.speed_tune import served_alike
     from halfbyte.evaluate.speed_tune import tune as do
     from halfbyte.models import Checkpoint
     from halfbyte.platforms import load_platform
@@ -206,8 +207,10 @@ def tune(
     )
     with progress() as shown:
         measured_here([request.platform], shown)
-        result = do(request, directory, output, find_vllm(vllm), force=force, progress=shown)
-    emit(result, style, tune_words(directory, on, output, result))
+        install = find_vllm(vllm)
+        result = do(request, directory, output, install, force=force, progress=shown)
+    same = served_alike(result, directory, request.platform, install)
+    emit(result, style, tune_words(directory, output, result, on if same else None))
 
 
 def beside(directory: Path) -> Path:
@@ -246,11 +249,11 @@ def _config(text: str) -> tuple[str, Path | None, tuple[str, ...]]:
         words = shlex.split(rest)
     except ValueError as error:
         raise UsageError(f"--config {text!r}: {str(error).lower()}") from None
-    known = name in ("baseline", "model") or not name.strip(".")
+    known = name in ("baseline", "model", "BF16", "4-bit") or not name.strip(".")
     if not colon or not re.fullmatch(r"[\w.+=-]+", name) or known or not words or not words[0]:
         raise UsageError(
-            f"--config {text!r}: write a name of letters and digits (not baseline or model), a colon, and flags or a "
-            "model's directory: 'marlin: --linear-backend marlin'"
+            f"--config {text!r}: write a name of letters and digits (not baseline, model, BF16, 4-bit), a colon, "
+            "and flags or a model's directory: 'marlin: --linear-backend marlin'"
         )
     other = None if words[0].startswith("-") else Path(words.pop(0))
     return name, other and Checkpoint(other).path, tuple(words)

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.evaluate.speed_result import called
-
 GIB = 1 << 30
 HEAD = ("", "tokens/s", "95 % interval", "x BF16", "95 % interval", "TTFT p50/p95", "ITL p50/p95", "e2e p50/p95/p99")
 
@@ -17,7 +15,7 @@ def bench_words(output: Path, result: Mapping[str, Any], evidence: Path | None, 
     """A table for every concurrency, memory, what it means, where it stands."""
     shape = f"{result['input_tokens']} tokens in, {result['output_tokens']} out, {result['repeats']} runs each"
     lines = [f"{result['platform']}: {result['hardware']}, vLLM {result['vllm']}; {shape}; times in ms", ""]
-    names = {"baseline": "BF16", "model": called(result["format"])}
+    names = {"baseline": "BF16", "model": result["called"]}
     rows: list[Sequence[str]] = [HEAD]
     for point in result["points"]:
         rows += list(_rows(f"{point['concurrency']} at once", names, point, "output_tokens_per_second"))
@@ -34,8 +32,8 @@ def bench_words(output: Path, result: Mapping[str, Any], evidence: Path | None, 
     return "\n".join([*lines, f"results: {output / 'bench.json'}"])
 
 
-def tune_words(directory: Path, on: str, output: Path, result: Mapping[str, Any]) -> str:
-    """Every flag that was tried, what was kept, and the command."""
+def tune_words(directory: Path, output: Path, result: Mapping[str, Any], on: str | None = None) -> str:
+    """Every flag that was tried, what was kept, and the command. `on`: where `halfbyte serve` would say just that."""
     lines = [f"{result['platform']}: {result['hardware']}, vLLM {result['vllm']}; {result['concurrency']} at once", ""]
     rows: list[Sequence[str]] = [("flag", "value", "tokens/s", "against before", "95 % interval", "")]
     for knob in result["knobs"]:
@@ -56,9 +54,12 @@ def tune_words(directory: Path, on: str, output: Path, result: Mapping[str, Any]
         f"{knob['flag']} is never kept by itself: {knob['changes']}" for knob in result["knobs"] if knob["changes"]
     ]
     lines += [f"{result['text'][:1].upper()}{result['text'][1:]}.", "", result["command"], ""]
-    words = f" -- {shlex.join(result['words'])}" if result["words"] else ""
-    served = f"halfbyte serve {shlex.quote(str(directory))} --on {on} --concurrency {result['concurrency']}{words}"
-    return "\n".join([*lines, f"results: {output / 'tune.json'}", f"next: {served}"])
+    lines.append(f"results: {output / 'tune.json'}")
+    if on:
+        words = f" -- {shlex.join(result['words'])}" if result["words"] else ""
+        told = f"{shlex.quote(str(directory))} --on {shlex.quote(on)} --concurrency {result['concurrency']}{words}"
+        lines.append(f"next: halfbyte serve {told}")
+    return "\n".join(lines)
 
 
 def _fate(knob: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def plan(
     if vllm_version:
         facts_for(vllm_version)
         platforms = [p.model_copy(update={"vllm": vllm_version}) for p in platforms]
-    for note in unused(evidence or [], platforms):
+    for note in unused(evidence or [], platforms, " (--vllm-version names another)"):
         typer.echo(f"note: {note}", err=True)
     target, ranks = Path("runs") / Path(model).name, ["--tensor-parallel-size", str(tp)] if tp > 1 else []
     with progress() as shown:

@@ -77,9 +77,8 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
         "kind": "speed",
         "measured": True,
         "hardware": found.hardware,
-        "vllm": found.install.version,
         "date": datetime.date.today().isoformat(),
-        **_work(request, found.commands[BASELINE], _model(base, str(result["baseline"]))),
+        **_work(found, _model(base, str(result["baseline"]))),
         "note": f"vllm bench serve, median of {request.repeats}",
         "apart": {
             str(level): max(unsure([run[RATE] for run in found.runs(name, f"c{level}")]) for name in ran)
@@ -100,10 +99,12 @@ def evidence(found: Measured, result: Mapping[str, Any]) -> tuple[dict[str, Any]
     return table, left_out
 
 
-def _work(request: BenchRequest, command: ServeCommand, model: Mapping[str, Any]) -> dict[str, Any]:
+def _work(found: Measured, model: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured on what, as a table states it: two that differ in it are two measurements."""
+    request, command = found.request, found.commands[BASELINE]
     return {
         "device": request.platform.name,
+        "vllm": found.install.version,
         "model": model,
         "dtype": command.value("--dtype") or "bfloat16",
         "tensor_parallel": command.tensor_parallel,
@@ -151,28 +152,36 @@ def refuse_evidence(path: Path, directory: Path, alone: bool) -> None:
 
 
 def refuse_others(path: Path, request: BenchRequest, install: VllmInstall) -> None:
-    """Say before anything is measured that the file holds another measurement than this one of BF16 will be, or that it
-    is no evidence. Raises UsageError."""
+    """Say before anything is measured that the file holds another measurement than this one will be, more than it, or
+    that it is no evidence. Raises UsageError."""
+    commands = {variant.name: command_for(request, variant, install) for variant in request.variants}
+    found = Measured(request, install, commands, [], "", path)
     base = next(variant for variant in request.variants if variant.name == BASELINE)
-    formats = {format_of(variant.directory) or "bf16" for variant in request.variants}
-    if told := _others(path, _work(request, command_for(request, base, install), _model(base, "")), formats):
+    unlike = _unlike(found)
+    rows = [_kind(found, variant) for variant in request.variants if variant.name not in unlike]
+    work = _work(found, _model(base, ""))
+    if told := _others(path, work) or _lost(path, rows, request.concurrency):
         raise UsageError(told)
 
 
 def write_evidence(path: Path, found: Measured, result: Mapping[str, Any]) -> list[str]:
     """Write the evidence file (JSON); returns what was left out of it. A bench that was stopped does not replace a file
-    of more rows, and none replaces another measurement, or what is no evidence: HalfbyteError."""
+    of more rows or concurrencies; no bench replaces another measurement, a part of one, or what is no evidence:
+    HalfbyteError."""
     table, left_out = evidence(found, result)
     make_directory(path.parent)
-    if told := _others(path, table, {row["format"] for row in table["rows"]}):
+    if told := _others(path, table):
         raise HalfbyteError(told)
-    if found.stopped and path.is_file() and len(read_table(path).rows) > len(table["rows"]):
+    lost = _lost(path, table["rows"], [int(level) for level in table["apart"]])
+    if found.stopped and (lost or (path.is_file() and len(read_table(path).rows) > len(table["rows"]))):
         return [*left_out, "it holds more than was measured until now, and is kept as it was"]
+    if lost:
+        raise HalfbyteError(lost)
     write_json(path, table)
     return left_out
 
 
-def _others(path: Path, table: Mapping[str, Any], formats: set[str]) -> str:
+def _others(path: Path, table: Mapping[str, Any]) -> str:
     """What to say where a file holds another measurement than that table's, or something else; else empty. What a file
     does not state is taken for the same."""
     if not path.is_file():
@@ -185,17 +194,44 @@ def _others(path: Path, table: Mapping[str, Any], formats: set[str]) -> str:
     model = {key: table["model"][key] for key in ("parameters", *SIZES)}
     alike = {key: told["model"][key] in (None, value) for key, value in model.items()}
     alike["device"] = told["device"].casefold() == str(table["device"]).casefold()
+    alike["vLLM"] = there.covers(str(table["vllm"]))
     for key in ("dtype", "tensor_parallel", "prompt_tokens", "output_tokens"):
         alike[key] = told[key] == table[key]
-    lost = sorted({row["format"] for row in told["rows"]} - formats)
-    if all(alike.values()) and lost:
-        again = "measure it again with --config 'NAME: DIR'" if len(lost) == 1 else "measure them again with --config"
-        return f"evidence {path} holds {' and '.join(lost)} too, which would be lost: {again}, or name another file"
     if all(alike.values()):
         return ""
     other = " and ".join(key for key, same in alike.items() if not same)
-    what = f"{there.model.name}, on {there.device}: another {other}"
+    what = f"{there.model.name}, on {there.device}, vLLM {there.vllm}: another {other}"
     return f"evidence {path} holds another measurement ({what}), which is kept: name another file"
+
+
+def _lost(path: Path, rows: Sequence[Mapping[str, Any]], levels: Sequence[int]) -> str:
+    """What to say where a file holds kernels or concurrencies that such rows do not replace; else empty."""
+    if not path.is_file():
+        return ""
+    there, ours = read_table(path), {_told(row) for row in rows}
+    lost = dict.fromkeys(name for row in there.rows if (name := _told(row.model_dump(mode="json"))) not in ours)
+    lost |= dict.fromkeys(f"concurrency {level}" for level in there.baseline.seconds if level not in levels)
+    if not lost:
+        return ""
+    what = f"evidence {path} holds {'; '.join(lost)} too, which would be lost"
+    return f"{what}: measure that again (--config, --concurrency) or name another file"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """What a row is of, in words."""
+    words = [*row["variants"], *(f"{flag} {value}" for flag, value in row["flags"].items())]
+    return f"{row['format']} ({', '.join([*words, 'KV cache ' + row['kv_cache']])})"
+
+
+def _kind(found: Measured, variant: Variant) -> dict[str, Any]:
+    """What a variant's row says of it before it is measured."""
+    command, declared = found.commands[variant.name], declared_variant(variant.directory)
+    return {
+        "format": format_of(variant.directory) or "bf16",
+        "variants": [declared] if declared else [],
+        "flags": {} if variant.name == BASELINE else extra_flags(command, plain_command(found, variant)),
+        "kv_cache": command.value(KV_FLAG) or "auto",
+    }
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
@@ -237,11 +273,8 @@ def _row(
     row: dict[str, Any] = {
         "kernel": kernel,
         "method": "bf16" if bf16 else str(recipe.get("method", "")),
-        "format": form,
-        "variants": [declared] if declared else [],
         "group_size": recipe.get("group_size"),
-        "flags": {} if name == BASELINE else extra_flags(found.commands[name], plain_command(found, variant)),
-        "kv_cache": found.commands[name].value(KV_FLAG) or "auto",
+        **_kind(found, variant),
         "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
         "seconds": {str(level): level * request.output_tokens / rates[level] for level in levels},
     }

@@ -12,7 +12,7 @@ from halfbyte.artifact import work_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.bootstrap import CONFIDENCE
 from halfbyte.evaluate.served import format_of
-from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, STABILITY, Measured, Variant
+from halfbyte.evaluate.speed import BASELINE, MODEL, PREFILL, STABILITY, BenchRequest, Measured, Variant
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
 from halfbyte.evaluate.stability import judge
 from halfbyte.files import portable, write_json
@@ -24,6 +24,7 @@ BENCH, STABLE = "bench.json", "stability.json"
 RATE = "output_tokens_per_second"
 RATES = (RATE, "requests_per_second", "total_tokens_per_second")
 ABSENT = "not measured"
+BF16, FOUR_BIT = "BF16", "4-bit"
 PROMISE = 1.6
 """The strategy's "+60–100 % tokens/s", its lower end."""
 GIB = 1 << 30
@@ -40,7 +41,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         prefill = {"input_tokens": request.prefill, "prompts": load.requests, "concurrency": load.concurrency}
         prefill |= _point(found, PREFILL)
     directories = {variant.name: portable(variant.directory) for variant in request.variants}
-    form = next((format_of(variant.directory) for variant in request.variants if variant.name == MODEL), None)
+    called = _called(request)
     return {
         "schema": 1,
         "kind": "bench",
@@ -48,7 +49,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "hardware": found.hardware,
         "vllm": found.install.version,
         "model": directories.get(MODEL),
-        "format": form,
+        "called": called,
         "work": _work(found),
         "baseline": directories.get(BASELINE),
         "input_tokens": request.input_tokens,
@@ -66,7 +67,7 @@ def bench_result(found: Measured) -> dict[str, Any]:
         "notes": found.notes,
         "stopped": found.stopped,
         "runs_done": sum(job.result is not None for job in found.jobs),
-        "text": [*sentences(points, called(form)), *_stopped(found)],
+        "text": [*sentences(points, called), *_stopped(found)],
         "seconds": round(found.seconds, 2),
         "confidence": CONFIDENCE,
     }
@@ -124,12 +125,12 @@ def summary(runs: Sequence[Mapping[str, Any]], repeats: int) -> dict[str, Any]:
     }
 
 
-def sentences(points: Sequence[Mapping[str, Any]], model: str = "4-bit") -> list[str]:
+def sentences(points: Sequence[Mapping[str, Any]], model: str = FOUR_BIT) -> list[str]:
     """Where the promise of +60 % holds, where 4 bits are slower, and which configuration is fastest where.
 
     model   what the artifact is called
     """
-    names = {BASELINE: "BF16", MODEL: model}
+    names = {BASELINE: BF16, MODEL: model}
     told = [_promise(points)] if any(BASELINE in point for point in points) else []
     slower = [p["concurrency"] for p in points if p.get("speedup") and p["speedup"]["high"] < 1]
     told += [f"slower than BF16 at concurrency {_and(slower)}: what is gained there is memory"] if slower else []
@@ -238,9 +239,12 @@ def _fastest(ran: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{best} {verdict}: {', '.join([*gains, *([alike] if alike else [])])}"
 
 
-def called(form: str | None) -> str:
-    """What the measured model is called, by its format (None: it is not in 4 bits)."""
-    return "4-bit" if form else "BF16"
+def _called(request: BenchRequest) -> str:
+    """What the measured model is called."""
+    directories = {variant.name: variant.directory for variant in request.variants}
+    if MODEL not in directories or format_of(directories[MODEL]):
+        return FOUR_BIT
+    return "model" if BASELINE in directories else BF16
 
 
 def _and(numbers: Sequence[int]) -> str:

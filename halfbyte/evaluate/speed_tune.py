@@ -8,6 +8,7 @@ told, never kept by itself.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from halfbyte.evaluate.speed_result import RATE, portable_command, summary
 from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import ratio_interval
 from halfbyte.files import write_json
-from halfbyte.platforms.schema import Knob
+from halfbyte.platforms.schema import Knob, Platform
 from halfbyte.serving import ServeCommand, VllmInstall, declared_variant, serve_command
 from halfbyte.serving.bench import OK
 from halfbyte.types import Progress
@@ -108,6 +109,20 @@ def tune(
     }
     write_json(output / TUNE, result)
     return result
+
+
+def served_alike(result: Mapping[str, Any], directory: Path, platform: Platform, install: VllmInstall) -> bool:
+    """Whether `halfbyte serve` with the flags that were kept says the result's command: not where the platform's
+    measurements speak for a flag that was slower here, or where vLLM was given further words."""
+    command = serve_command(
+        directory,
+        format_of(directory),
+        platform,
+        vllm_version=install.version,
+        concurrency=result["concurrency"],
+        extra=result["words"],
+    )
+    return portable_command(command).flags() == ServeCommand(shlex.split(result["command"])).flags()
 
 
 def _advised(request: BenchRequest, directory: Path, install: VllmInstall, flags: Words) -> dict[str, str]:

@@ -6,6 +6,7 @@ serving are to be avoided, measured speeds per concurrency, and the tier of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from halfbyte.plan.speed import (
     times,
 )
 from halfbyte.plan.words import joined, title, variant_of
-from halfbyte.platforms import Avoid, Platform, within
+from halfbyte.platforms import Avoid, Platform, SpeedTable, within
 from halfbyte.recipe.schema import Recipe
 
 NVFP4 = {"method": "nvfp4", "group_size": 16}
@@ -189,29 +190,59 @@ def _first(
     names = joined([platform.name for platform in platforms]) or "every platform"
     if first.method != "nvfp4":
         return first, Reason("portable", f"{first.method.upper()} is the portable choice and loads on {names}", GUIDE)
-    told = f"NVFP4 is the first choice where every platform serves it: {names}"
+    told, faster = f"NVFP4 is the first choice where every platform serves it: {names}", []
     for other in usable[1:]:
+        name, ratios, where, against = other.method.upper(), [], [], []
         for known in platforms:
             platform = comparing(known, first, usable[1:], size)
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
-            if not (a and b and table and b > a):
+            if not (a and b and table):
                 continue
-            name, at, near = other.method.upper(), joined([*map(str, levels)]), size is None or is_near(table, size)
-            if b > a * least_gain(other, platform, levels):
-                figures = f"its fastest kernel there measured {a:.2f}x BF16 and {name} {b:.2f}x"
-                if size and not near:
-                    figures = f"{name} measured faster {elsewhere(table, size)} ({table.model.name.split(',')[0]})"
-                text = f"the strategy's first choice on {names} is NVFP4, but at concurrency {at} {figures}"
-                return other, Reason("measured-faster", text, f"{GUIDE}; {table.evidence}")
-            there = f"on {known.name} {name} measured {b:.2f}x and NVFP4 {a:.2f}x"
-            told += f"; {there}, which is within noise" if near else ""
-    return first, Reason("nvfp4-first", told, GUIDE)
+            ratios.append(b / a)
+            least = least_gain(other, platform, levels)
+            figures = _figures(table, size, levels, (name, b), (first.method.upper(), a))
+            if b > a * least:
+                where.append((f"on {known.name} {figures}", table))
+            elif a > b * least:
+                against.append(known.name)
+            elif b > a and (size is None or is_near(table, size)):
+                told += f"; on {known.name} {figures}, which is within noise"
+        if where and not against:
+            faster.append((math.prod(ratios) ** (1 / len(ratios)), other, where))
+        elif where:
+            told += f"; {where[0][0]}, but not on {joined(against)}"
+    if not faster:
+        return first, Reason("nvfp4-first", told, GUIDE)
+    _, other, where = max(faster, key=lambda entry: entry[0])
+    text = f"the strategy's first choice on {names} is NVFP4, but {joined([figures for figures, _ in where])}"
+    sources = "; ".join(dict.fromkeys(str(table.evidence) for _, table in where))
+    return other, Reason("measured-faster", text, f"{GUIDE}; {sources}")
+
+
+def _figures(
+    table: SpeedTable,
+    size: Model | None,
+    levels: Sequence[int],
+    one: tuple[str, float],
+    other: tuple[str, float],
+) -> str:
+    """How two recipes compare by a measurement: with figures, where it is of a model near this one."""
+    if size and not is_near(table, size):
+        return f"{one[0]} measured faster than {other[0]} {elsewhere(table, size)} ({table.model.name.split(',')[0]})"
+    at = list(dict.fromkeys(table.nearest(level) for level in levels))
+    mean = "" if len(at) == 1 else " on average (geometric mean)"
+    text = (
+        f"{one[0]} measured {one[1]:.2f}x BF16 and {other[0]} {other[1]:.2f}x at concurrency {joined([*map(str, at)])}"
+    )
+    return text + mean
 
 
 def _not_compared(usable: Sequence[Recipe], platforms: Sequence[Platform], size: Model | None) -> list[Reason]:
     """Measurements near the model that could have decided and did not, for want of the first choice in them."""
-    found = []
+    found: list[Reason] = []
+    if usable[0].method != "nvfp4":
+        return found
     for platform in platforms:
         deciding = speed_table(comparing(platform, usable[0], usable[1:], size))
         for table in platform.speed:

@@ -235,7 +235,7 @@ def _grounds(at: Setting) -> list[Reason]:
     for platform in at.platforms:
         notice = facts_for(platform.vllm).notice
         found += [Reason("version", f"{platform.name}: {notice}", "vLLM facts")] if notice else []
-        table = speed_table(platform)
+        table = speed_table(platform, at.recipe.format, variant_of(at.recipe))
         if table is None and platform.speed:
             text = (
                 f"{platform.name}: nothing was measured that holds for vLLM {platform.vllm} "
@@ -250,7 +250,7 @@ def _grounds(at: Setting) -> list[Reason]:
             )
             found.append(Reason("far-evidence", text, guide().near.source))
         if platform.roofline and platform.roofline.evidence.kind == "assumed":
-            text = f"{platform.name}: the roofline's efficiencies are assumed, since nothing was measured there"
+            text = f"{platform.name}: the roofline's efficiencies are assumed: they were not fitted to anything"
             found.append(Reason("assumed", text, f"{platform.name} data"))
     return found
 

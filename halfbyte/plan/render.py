@@ -184,7 +184,8 @@ def _at_context(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _long(row: dict[str, Any]) -> bool:
     """Whether measured sequences were so much shorter than the stated context that the roofline has more to say."""
-    return bool(row["near"] and row["roofline"] and row["context"] > 4 * (row["measured_tokens"] or 0))
+    known = row["near"] and row["roofline"] and any(map(_measured, row["rows"]))
+    return bool(known and row["context"] > 4 * (row["measured_tokens"] or 0))
 
 
 def _memory(plan: dict[str, Any]) -> str:

@@ -41,11 +41,6 @@ class SpeedGain(Data):
     source: str
 
 
-class Margin(Data):
-    ratio: float
-    source: str
-
-
 class Near(Data):
     parameters: float
     concurrency: float
@@ -86,7 +81,6 @@ class Guide(Data):
     """guide.yaml."""
 
     speed_gain: SpeedGain
-    margin: Margin
     near: Near
     long_context: Tokens
     over_exemption: Share

@@ -16,6 +16,7 @@ from halfbyte.plan.roofline import Load, Work, batch_seconds
 from halfbyte.plan.rules import guide
 from halfbyte.plan.words import flag_words, title, variant_of
 from halfbyte.platforms import Platform, SpeedRow, SpeedTable
+from halfbyte.platforms.speed import LEAST_NOISE
 from halfbyte.recipe.schema import Recipe
 
 
@@ -86,15 +87,10 @@ def has_rows(table: SpeedTable, recipe: Recipe) -> bool:
     return bool(table.rows_for(str(recipe.format), variant_of(recipe)))
 
 
-def noise(table: SpeedTable, at: int) -> float:
-    """By how much two speeds at a measured concurrency must differ (0.1: 10 %): as the file says, and guide.yaml."""
-    return max(guide().margin.ratio - 1, table.apart_at(at))
-
-
 def beyond_noise(table: SpeedTable, row: SpeedRow, at: int) -> bool:
     """Whether a kernel's speed differs from BF16's at a measured concurrency by more than noise."""
     gain = table.speedup(row, at)
-    return max(gain, 1 / gain) > 1 + noise(table, at)
+    return max(gain, 1 / gain) > 1 + table.noise(at)
 
 
 def times(gain: float, told: bool | None) -> str:
@@ -123,9 +119,9 @@ def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> flo
 
 
 def least_gain(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float:
-    """The ratio of two speeds at these concurrencies from which they differ: guide.yaml's, or noise."""
+    """The ratio of two speeds at these concurrencies from which they differ by more than noise."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
-    return 1 + max((noise(table, level) for level in levels), default=0.0) if table else guide().margin.ratio
+    return 1 + max((table.noise(level) for level in levels), default=LEAST_NOISE) if table else 1 + LEAST_NOISE
 
 
 def half_and_half(context: int) -> tuple[int, int]:

@@ -29,8 +29,9 @@ def load_evidence(paths: Iterable[Path] = ()) -> tuple[SpeedTable, ...]:
     return tuple(sorted([*theirs, *_own()], key=lambda table: table.date, reverse=True))
 
 
-def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
-    """What of these files and directories says nothing of the platforms, a line each."""
+def unused(paths: Iterable[Path], platforms: Sequence[Platform], hint: str = "") -> list[str]:
+    """What of these files and directories says nothing of the platforms, a line each. `hint`: what to do where it is of
+    another vLLM."""
     known = {name.casefold() for platform in platforms for name in (platform.name, platform.ranked_by)}
     told = []
     for path in paths:
@@ -38,7 +39,6 @@ def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
         told += [] if files else [f"evidence {path} holds no file ({', '.join(SUFFIXES)})"]
         tables = {file: read_table(file) for file in files}
         devices = {file: table.device for file, table in tables.items()}
-        versions = " and ".join(dict.fromkeys(platform.vllm for platform in platforms))
         here = " or ".join(platform.name for platform in platforms)
         told += [
             f"evidence {file} is of {device}, not of {here}: it is not used"
@@ -46,11 +46,18 @@ def unused(paths: Iterable[Path], platforms: Sequence[Platform]) -> list[str]:
             if device.casefold() not in known
         ]
         told += [
-            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {versions}: it is not used (--vllm-version)"
+            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {others}: it is not used{hint}"
             for file, table in tables.items()
-            if table.device.casefold() in known and not any(table.covers(platform.vllm) for platform in platforms)
+            if (others := " and ".join(_others(table, platforms)))
         ]
     return told
+
+
+def _others(table: SpeedTable, platforms: Sequence[Platform]) -> list[str]:
+    """The vLLM versions of a table's platforms where it holds for none of them."""
+    device = table.device.casefold()
+    mine = [platform for platform in platforms if device in (platform.name.casefold(), platform.ranked_by.casefold())]
+    return [] if any(table.covers(p.vllm) for p in mine) else list(dict.fromkeys(p.vllm for p in mine))
 
 
 def read_table(file: Path) -> SpeedTable:

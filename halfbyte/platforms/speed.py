@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 
 from halfbyte.platforms.base import KV_FLAG, Data, Evidence, Flags, version_tuple, within
 
+LEAST_NOISE = 0.03
+"""Tables are medians of a few repeats: speeds closer than this are equal, whatever a file says."""
+
 
 class MeasuredModel(Data):
     """The model that was measured: its name, and the sizes that say whether another one is near it."""
@@ -167,14 +170,14 @@ class SpeedTable(Data):
             kept.setdefault((frozenset(row.flags.items()), row.method, row.group_size, row.variants), row)
         return tuple(row for row in rows if row in kept.values())
 
-    def apart_at(self, concurrency: int) -> float:
-        """The noise at the nearest measured concurrency; 0 where the file does not say."""
-        return self.apart.get(self.nearest(concurrency), 0.0)
+    def noise(self, concurrency: int) -> float:
+        """By how much two speeds must differ at the nearest measured concurrency (0.1: 10 %)."""
+        return max(LEAST_NOISE, self.apart.get(self.nearest(concurrency), 0.0))
 
     def differ(self, row: SpeedRow, other: SpeedRow, at: int) -> bool:
         """Whether two kernels lie further apart at a measured concurrency than noise."""
         slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
-        return slow > fast * (1 + self.apart_at(at))
+        return slow > fast * (1 + self.noise(at))
 
     def by_nearness(self, concurrency: int) -> list[int]:
         """The measured concurrencies, the closest one (as a ratio) first."""

@@ -73,15 +73,17 @@ def _bench(bench: dict[str, Any], goal: Rule) -> list[Block]:
     points = points_of(bench)
     steps = [f"{number(point.get('concurrency')):g}" for point in points]
     more = list(dict.fromkeys(name for point in points for name in mapping(point.get("configs"))))[: len(MORE)]
-    gains, rates = [Series("4-bit", "four", [gain(point) for point in points])], []
-    for (side, label), look, shape in zip(SIDES.items(), ("base", "four"), ("square", "dot")):
+    sides = _sides(bench)
+    called = sides["model"]
+    gains, rates = [Series(called, "four", [gain(point) for point in points])], []
+    for (side, label), look, shape in zip(sides.items(), ("base", "four"), ("square", "dot")):
         rates.append(Series(label, look, [measure(dig(point, side, RATE)) for point in points], shape))
     for name, (look, shape) in zip(more, MORE):
         own = [mapping(dig(point, "configs", name)) for point in points]
         gains.append(Series(name, look, [gain(one) for one in own], shape, dashed=True))
         rates.append(Series(name, look, [measure(one.get(RATE)) for one in own], shape, dashed=True))
     names = "sequences at once"
-    up = ("4-bit against BF16", names)
+    up = (f"{called} against BF16", names)
     charts = [
         trend("Gain in tokens/s", steps, gains, signed, tick=_tick, names=up, rules=[goal, Rule(0, "")]),
         trend("Output tokens/s", steps, rates, count, names=("tokens a second", names)),
@@ -95,10 +97,15 @@ def _bench(bench: dict[str, Any], goal: Rule) -> list[Block]:
         *([Words(_shape(bench), soft=True)] if _shape(bench) else []),
         *([Items(told)] if told else []),
         *([Charts(drawn)] if drawn else []),
-        _throughput(points),
-        *_latency(points),
+        _throughput(points, called),
+        *_latency(points, sides),
         *_memory(bench),
     ]
+
+
+def _sides(bench: dict[str, Any]) -> dict[str, str]:
+    """What the two sides are called."""
+    return {**SIDES, "model": text(bench.get("called"), SIDES["model"])}
 
 
 def _shape(bench: dict[str, Any]) -> str:
@@ -112,8 +119,8 @@ def _tick(value: float) -> str:
     return f"{100 * value:+.6g}%" if value else "0%"
 
 
-def _throughput(points: list[dict[str, Any]]) -> Block:
-    labels = ("At once", "BF16 tokens/s", "4-bit tokens/s", "Gain", "Interval", "Requests/s", "Failed")
+def _throughput(points: list[dict[str, Any]], called: str) -> Block:
+    labels = ("At once", "BF16 tokens/s", f"{called} tokens/s", "Gain", "Interval", "Requests/s", "Failed")
     rows: list[list[Cell | str]] = []
     for point in points:
         base, step = mapping(point.get("baseline")), f"{number(point.get('concurrency')):g}"
@@ -143,16 +150,16 @@ def _rate(side: dict[str, Any]) -> Cell:
     )
 
 
-def _runs(point: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _runs(point: dict[str, Any], sides: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """BF16, 4-bit and further configurations at a concurrency."""
     more = [(str(name), mapping(one)) for name, one in mapping(point.get("configs")).items()]
-    return [(label, mapping(point.get(side))) for side, label in SIDES.items()] + more
+    return [(label, mapping(point.get(side))) for side, label in sides.items()] + more
 
 
-def _latency(points: list[dict[str, Any]]) -> list[Block]:
+def _latency(points: list[dict[str, Any]], sides: dict[str, str]) -> list[Block]:
     rows = []
     for point in points:
-        for label, found in _runs(point):
+        for label, found in _runs(point, sides):
             cells = [_three(mapping(found.get(key))) for key in LATENCIES]
             if any(cell != "–" for cell in cells):
                 rows.append([f"{number(point.get('concurrency')):g}", label, *cells])
@@ -171,20 +178,20 @@ def _ms(value: float) -> str:
 
 
 def _memory(bench: dict[str, Any]) -> list[Block]:
-    rows = []
+    rows, sides = [], _sides(bench)
     for side, held in mapping(bench.get("memory")).items():
         found = mapping(held)
         sizes = [number(found.get(key)) for key in ("weight_bytes", "peak_device_bytes")]
         weights, peak = ("not known" if x is None else size(x) for x in sizes)
-        rows.append([SIDES.get(str(side), str(side)), weights, count(found.get("kv_cache_tokens")), peak])
+        rows.append([sides.get(str(side), str(side)), weights, count(found.get("kv_cache_tokens")), peak])
     columns = [left("Memory"), right("Weights"), right("Tokens that the KV cache holds"), right("Peak")]
     return [Heading("Memory in use"), table(columns, rows, stack=True)] if rows else []
 
 
 def bench_commands(bench: dict[str, Any]) -> list[tuple[str, str]]:
     """The commands of a bench.json (a list, or by what they measure), with what they are for."""
-    told = bench.get("commands")
-    named = [(f", {SIDES.get(str(key), str(key))}", one) for key, one in told.items()] if isinstance(told, dict) else []
+    told, sides = bench.get("commands"), _sides(bench)
+    named = [(f", {sides.get(str(key), str(key))}", one) for key, one in told.items()] if isinstance(told, dict) else []
     named = named or [("", one) for one in listing(told)]
     lines = []
     for name, one in named:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.plan.speed import Model, beyond_noise, elsewhere, is_near, noise
+from halfbyte.plan.speed import Model, beyond_noise, described, elsewhere, is_near
 from halfbyte.platforms import FormatSupport, Platform, SpeedRow, SpeedTable, VllmFacts, facts_for, load_platform
 from halfbyte.platforms.schema import Flags
 
@@ -184,7 +184,7 @@ def _kernel(
         where = elsewhere(table, size) if size else f"on {table.device}"
         over = f", rather than {others}," if others else ""
         text = f"kernel {best.kernel}{over} by a measurement {where}; what it gains here is not known"
-        return best.flags, f"{text}: bench before you rely on it; {table.evidence}, {table.evidence.shape}"
+        return best.flags, f"{text}: bench before you rely on it; {described(table)}"
     return best.flags, _speed_note(table, rows, best, table.nearest(wanted))
 
 
@@ -193,13 +193,13 @@ def _speed_note(table: SpeedTable, rows: Sequence[SpeedRow], best: SpeedRow, at:
     unlike = len({row.kv_cache for row in rows}) > 1
     text = f"kernel {_named(best, unlike)}: {gain:.2f}x the speed of BF16 at concurrency {at}"
     if not beyond_noise(table, best, at):
-        text += f" (within noise, {noise(table, at):.0%})"
+        text += f" (within noise, {table.noise(at):.0%})"
     elif gain < 1:
         text += " (slower: what is gained there is memory)"
     for other in rows:
         if other is not best:
             text += f", {_against(table, best, other, at, _named(other, unlike))}"
-    text += f"; {table.evidence}, {table.evidence.shape}"
+    text += f"; {described(table)}"
     return text + (f"; {best.note}" if best.note else "")
 
 
@@ -215,7 +215,7 @@ def _against(table: SpeedTable, best: SpeedRow, other: SpeedRow, at: int, name: 
         return f"{other.seconds[at] / best.seconds[at]:.2f}x that of {name}"
     telling = next((level for level in table.by_nearness(at) if table.differ(best, other, level)), None)
     beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x as fast at {telling}"
-    return f"no measurable difference from {name} there (noise {table.apart_at(at):.0%}){beyond}"
+    return f"no measurable difference from {name} there (noise {table.noise(at):.0%}){beyond}"
 
 
 def _without_overridden(flags: Flags, extra: Sequence[str]) -> Flags:

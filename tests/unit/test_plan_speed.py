@@ -318,10 +318,22 @@ def test_one_measurement_decides() -> None:
     far = _measured(["nvfp4", "gptq"], {"nvfp4": 1.0, "gptq": 2.0}, model={"parameters": 70 * 10**9})
     assert chosen(_measured(["nvfp4"], slow), far)[0] == "nvfp4", "a far one does not overrule a near one"
     method, reasons = chosen(far)
-    assert method == "gptq" and "GPTQ measured faster on a model of another size" in reasons[0]
+    assert method == "gptq" and "GPTQ measured faster than NVFP4 on a model of another size" in reasons[0]
     assert "2.00x" not in reasons[0], "whose figures are not told"
     method, reasons = chosen(_measured(["nvfp4", "gptq"], {"nvfp4": 1.5, "gptq": 1.51}))
-    assert method == "nvfp4" and "on h100 GPTQ measured 1.51x and NVFP4 1.50x, which is within noise" in reasons[0]
+    alike = "on h100 GPTQ measured 1.51x BF16 and NVFP4 1.50x at concurrency 64, which is within noise"
+    assert method == "nvfp4" and alike in reasons[0]
+    most = _measured(["nvfp4", "gptq", "awq"], {"nvfp4": 1.0, "gptq": 1.5, "awq": 2.0})
+    assert chosen(most)[0] == "awq", "the fastest of those that are faster"
+    decision = choose([4096], [H100.model_copy(update={"speed": (most,)})], [1, 64, 2000])
+    assert "AWQ measured 2.00x BF16 and NVFP4 1.00x at concurrency 1, 64 and 256 on average" in decision.reasons[0].text
+    other = _measured(["nvfp4", "gptq", "awq"], {"nvfp4": 2.0, "gptq": 1.5, "awq": 1.0})
+    both = [H100.model_copy(update={"speed": (t,), "name": n}) for t, n in ((most, "one"), (other, "two"))]
+    decision = choose([4096], both, [64])
+    assert decision.recipe.method == "nvfp4", "faster on one, slower on the other"
+    assert (
+        "on one AWQ measured 2.00x BF16 and NVFP4 1.00x at concurrency 64, but not on two" in decision.reasons[0].text
+    )
 
 
 def test_levels_that_share_a_measurement_count_once() -> None:

@@ -341,6 +341,6 @@ def test_evidence_that_says_nothing_of_a_platform_is_named(tmp_path):
     assert unused([tmp_path / "h100.json"], [h200]) != [], "the H200 has figures of its own"
     assert unused([tmp_path], [cpu, h100]) == [f"{other} cpu or h100: it is not used"]
     newer = h100.model_copy(update={"vllm": "0.33.0"})
-    (told,) = unused([tmp_path / "h100.json"], [newer])
-    assert told.endswith("is of vLLM 0.26.0, and this speaks of 0.33.0: it is not used (--vllm-version)")
+    (told,) = unused([tmp_path / "h100.json"], [newer, cpu], " (do so)")
+    assert told.endswith("is of vLLM 0.26.0, and this speaks of 0.33.0: it is not used (do so)")
     assert unused([tmp_path / "empty"], [cpu]) == [f"evidence {tmp_path / 'empty'} holds no file (.yaml, .yml, .json)"]

@@ -20,7 +20,7 @@ from halfbyte.evaluate.speed_evidence import kernel_name, refuse_others, write_e
 from halfbyte.evaluate.speed_result import RATE, bench_result, sentences, stability_result, write_bench
 from halfbyte.evaluate.speed_runs import measure
 from halfbyte.evaluate.speed_stats import median_interval, ratio_interval
-from halfbyte.evaluate.speed_tune import tune
+from halfbyte.evaluate.speed_tune import served_alike, tune
 from halfbyte.evaluate.stability import Watch
 from halfbyte.experiments.bench_cells import bench_cells
 from halfbyte.platforms import load_platform
@@ -189,10 +189,13 @@ def test_evidence_of_another_model_is_not_replaced(whole: Any, models: tuple[Pat
     write_evidence(file, found, bench_result(found))
     assert file.read_text() == first, "the same in other words"
     for change, says in (
-        (lambda tree: tree.update(device="h100"), "on h100: another device.*kept: name another file"),
+        (lambda tree: tree.update(device="h100"), "on h100, vLLM 0.32.0.*: another device.*kept: name another file"),
         (lambda tree: tree["model"].update(blocks=99), "another blocks"),
         (lambda tree: tree.update(tensor_parallel=2, output_tokens=9), "another tensor_parallel and output_tokens"),
-        (lambda tree: tree["rows"].append({**tree["rows"][1], "format": "awq"}), "holds awq too, which would be lost"),
+        (lambda tree: tree.update(vllm="0.26.0"), "another vLLM"),
+        (lambda tree: tree["rows"].append({**tree["rows"][1], "format": "awq"}), r"holds awq \(KV cache auto\) too"),
+        (lambda tree: tree["rows"][1].update(kv_cache="fp8"), r"gptq \(KV cache fp8\) too, which would be lost"),
+        (lambda tree: [row["seconds"].update({"9": 1}) for row in tree["rows"]], "holds concurrency 9 too"),
         (lambda tree: tree.update(kind="bench"), "is there, and is no evidence"),
         (lambda tree: tree.update(unknown=1), "is there, and is no evidence"),
     ):
@@ -384,9 +387,12 @@ def test_tune_tries_without_what_the_platform_measured(install: Any, models: tup
     assert "--linear-backend humming" in result["command"]
     cache = next(row for row in result["knobs"] if row["flag"] == "--kv-cache-dtype")
     assert cache["stands"] == "fp8" and cache["kept"] is None
-    words = tune_words(model, "h100", tmp_path / "out", result)
+    assert served_alike(result, model, h100, older)
+    words = tune_words(model, tmp_path / "out", result, "my h100.yaml")
     last = words.splitlines()[-1]
-    assert last == f"next: halfbyte serve {model} --on h100 --concurrency 2 -- --linear-backend humming"
+    assert last == f"next: halfbyte serve {model} --on 'my h100.yaml' --concurrency 2 -- --linear-backend humming"
+    further = tune(replace(request, extra=("--max-model-len", "64")), model, tmp_path / "further", older)
+    assert "--max-model-len 64" in further["command"] and not served_alike(further, model, h100, older)
     assert "(fp8)" in words and "kept by the platform's measurements" in words
     tree = h100.model_dump(mode="json", by_alias=True)
     for row in (row for table in tree["speed"] for row in table["rows"] if row["flags"]):
@@ -395,6 +401,7 @@ def test_tune_tries_without_what_the_platform_measured(install: Any, models: tup
     wrong = type(h100).model_validate(tree)
     result = tune(replace(request, platform=wrong), model, tmp_path / "wrong", older)
     assert result["words"] == [] and "--linear-backend" not in result["command"], "surely slower here"
+    assert not served_alike(result, model, wrong, older), "serve would take it all the same"
 
 
 def test_tune_starts_no_server_for_a_flag_that_the_declaration_ignores(

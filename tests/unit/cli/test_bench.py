@@ -212,7 +212,7 @@ def test_evidence_that_cannot_be_is_refused_before_anything_is_measured(
 
 def test_what_is_refused(artifact: Path, fake: Path, tmp_path: Path, refused: Any) -> None:
     words = ("bench", artifact, "--on", "cpu", "--vllm", fake, "-o", tmp_path / "out")
-    for config in ("marlin", "model: --x y", "a b: --x y", "marlin: "):
+    for config in ("marlin", "model: --x y", "BF16: --x y", "4-bit: --x y", "a b: --x y", "marlin: "):
         assert "write a name of letters and digits" in refused(2, *words, "--config", config)
     assert "write whole numbers above 0" in refused(2, *words, "--concurrency", "0")
     assert "repeats" in refused(2, *words, "--repeats", 1)
