@@ -9,6 +9,7 @@ import yaml
 
 from halfbyte.models import Checkpoint
 from halfbyte.plan import choose, footprints, make_plan, render_plan
+from halfbyte.plan.decision import nvfp4_for
 from halfbyte.plan.memory import KVShape
 from halfbyte.plan.roofline import Load, Mass, Work, batch_seconds, work_of
 from halfbyte.plan.speed import Model, best_speed, beyond_noise, elsewhere, is_near, mean_speed, nearest_first
@@ -265,7 +266,7 @@ def test_gains_within_noise_are_marked(of) -> None:
     text = render_plan(make_plan(of(LLAMA_8B), None, [load_platform("h200")], 256, [1, 64, 256]))
     said = " ".join(text.split())
     assert "1.33x at 1, ~1.08x at 64, ~0.77x at 256 (measured); kernel Humming, FP8 KV cache ~ within the noise" in said
-    assert "at 256 it is slower" not in said and "at concurrency 256 Humming" not in said, "not known"
+    assert "at 256 it is slower" not in said and "measured slower than BF16" not in said, "not known"
     assert "GPTQ with Machete, FP8 KV cache (~0.96x)" in said and "~0.84x at 256 (Machete" in said
     assert "0.80x m" in said and "~0.80x" not in said, "Marlin is behind by more than noise"
     assert "measured ~0.99x BF16 at concurrency 128); without it vLLM takes Marlin, FP8 KV cache, 0.65x" in said
@@ -334,6 +335,20 @@ def test_one_measurement_decides() -> None:
     assert (
         "on one AWQ measured 2.00x BF16 and NVFP4 1.00x at concurrency 64, but not on two" in decision.reasons[0].text
     )
+
+
+def test_where_the_strategy_is_behind_is_told_by_one_measurement(of) -> None:
+    """Of a 32B model on an H200 Marlin was not measured: the 8B shape's figures say where it is behind, among them."""
+    rows = make_plan(of(QWEN_32B), None, [load_platform("h200")], 256, [1, 16, 64, 256])["strategy"]["disagreements"]
+    assert [(row["concurrency"], row["near"]) for row in rows] == [(64, False)]
+    assert all(entry["gain"] is None for row in rows for entry in (row["strategy"], *row["evidence"]))
+
+
+def test_how_nvfp4_is_declared_is_told_by_one_measurement() -> None:
+    """A newer one without Marlin does not make Humming, slow in it, slower than Marlin in the other."""
+    alone = _measured(["nvfp4"], {"nvfp4": 0.5})
+    assert nvfp4_for([H100.model_copy(update={"speed": (alone, TABLE)})], [64]).activations == "fp4"
+    assert nvfp4_for([H100.model_copy(update={"speed": (alone,)})], [64]).activations == "fp4", "it alone was measured"
 
 
 def test_levels_that_share_a_measurement_count_once() -> None:
