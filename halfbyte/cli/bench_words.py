@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
+from halfbyte.evaluate.speed_result import GIB, sides
+
 HEAD = ("", "tokens/s", "95 % interval", "x BF16", "95 % interval", "TTFT p50/p95", "ITL p50/p95", "e2e p50/p95/p99")
 
 
@@ -15,7 +16,7 @@ def bench_words(output: Path, result: Mapping[str, Any], evidence: Path | None, 
     """A table for every concurrency, memory, what it means, where it stands."""
     shape = f"{result['input_tokens']} tokens in, {result['output_tokens']} out, {result['repeats']} runs each"
     lines = [f"{result['platform']}: {result['hardware']}, vLLM {result['vllm']}; {shape}; times in ms", ""]
-    names = {"baseline": "BF16", "model": result["called"]}
+    names = sides(result["called"])
     rows: list[Sequence[str]] = [HEAD]
     for point in result["points"]:
         rows += list(_rows(f"{point['concurrency']} at once", names, point, "output_tokens_per_second"))

@@ -117,9 +117,9 @@ def _unlike(found: Measured) -> dict[str, str]:
     """Configurations that no table with the others holds, and why: of another model, or BF16 as it is there already."""
     named = {variant.name: variant for variant in found.request.variants}
     shape, unlike = _shape(named[BASELINE]), {}
-    seen = {found.commands[BASELINE].value(KV_FLAG) or "auto"}
+    seen = {_kv_cache(found.commands[BASELINE])}
     for name, variant in named.items():
-        cache = found.commands[name].value(KV_FLAG) or "auto"
+        cache = _kv_cache(found.commands[name])
         flags = extra_flags(found.commands[name], plain_command(found, variant))
         if _shape(variant) != shape:
             unlike[name] = "another model than the BF16 one"
@@ -230,8 +230,12 @@ def _kind(found: Measured, variant: Variant) -> dict[str, Any]:
         "format": format_of(variant.directory) or "bf16",
         "variants": [declared] if declared else [],
         "flags": {} if variant.name == BASELINE else extra_flags(command, plain_command(found, variant)),
-        "kv_cache": command.value(KV_FLAG) or "auto",
+        "kv_cache": _kv_cache(command),
     }
+
+
+def _kv_cache(command: ServeCommand) -> str:
+    return command.value(KV_FLAG) or "auto"
 
 
 def extra_flags(command: ServeCommand, plain: ServeCommand) -> dict[str, str | None]:
@@ -265,8 +269,8 @@ def _row(
     found: Measured, result: Mapping[str, Any], variant: Variant, levels: list[int], rates: Mapping[int, float]
 ) -> dict[str, Any]:
     request, name = found.request, variant.name
-    declared = declared_variant(variant.directory)
-    form = format_of(variant.directory) or "bf16"
+    kind = _kind(found, variant)
+    form, declared = kind["format"], next(iter(kind["variants"]), None)
     bf16 = form == "bf16"
     kernel = "BF16" if bf16 else kernel_name(request.platform, form, declared, result["kernels"][name])
     recipe = {} if bf16 else _recipe(variant.directory, form, declared)
@@ -274,7 +278,7 @@ def _row(
         "kernel": kernel,
         "method": "bf16" if bf16 else str(recipe.get("method", "")),
         "group_size": recipe.get("group_size"),
-        **_kind(found, variant),
+        **kind,
         "weights_gib": round(result["memory"][name]["weight_bytes"] / GIB, 6),
         "seconds": {str(level): level * request.output_tokens / rates[level] for level in levels},
     }

@@ -130,7 +130,7 @@ def sentences(points: Sequence[Mapping[str, Any]], model: str = FOUR_BIT) -> lis
 
     model   what the artifact is called
     """
-    names = {BASELINE: BF16, MODEL: model}
+    names = sides(model)
     told = [_promise(points)] if any(BASELINE in point for point in points) else []
     slower = [p["concurrency"] for p in points if p.get("speedup") and p["speedup"]["high"] < 1]
     told += [f"slower than BF16 at concurrency {_and(slower)}: what is gained there is memory"] if slower else []
@@ -237,6 +237,11 @@ def _fastest(ran: Mapping[str, Mapping[str, Any]]) -> str:
     alike = f"not told from {', '.join(near)} by these repeats" if near else ""
     verdict = "is fastest" if gains or not alike else "has the highest median"
     return f"{best} {verdict}: {', '.join([*gains, *([alike] if alike else [])])}"
+
+
+def sides(model: str) -> dict[str, str]:
+    """What the two sides are called, the artifact as said."""
+    return {BASELINE: BF16, MODEL: model}
 
 
 def _called(request: BenchRequest) -> str:

@@ -191,10 +191,10 @@ def _first(
     if first.method != "nvfp4":
         return first, Reason("portable", f"{first.method.upper()} is the portable choice and loads on {names}", GUIDE)
     told, faster = f"NVFP4 is the first choice where every platform serves it: {names}", []
+    deciding = [comparing(platform, first, usable[1:], size) for platform in platforms]
     for other in usable[1:]:
         name, ratios, where, against = other.method.upper(), [], [], []
-        for known in platforms:
-            platform = comparing(known, first, usable[1:], size)
+        for platform in deciding:
             a, b = mean_speed(first, platform, levels), mean_speed(other, platform, levels)
             table = speed_table(platform)
             if not (a and b and table):
@@ -203,11 +203,11 @@ def _first(
             least = least_gain(other, platform, levels)
             figures = _figures(table, size, levels, (name, b), (first.method.upper(), a))
             if b > a * least:
-                where.append((f"on {known.name} {figures}", table))
+                where.append((f"on {platform.name} {figures}", table))
             elif a > b * least:
-                against.append(known.name)
+                against.append(platform.name)
             elif b > a and (size is None or is_near(table, size)):
-                told += f"; on {known.name} {figures}, which is within noise"
+                told += f"; on {platform.name} {figures}, which is within noise"
         if where and not against:
             faster.append((math.prod(ratios) ** (1 / len(ratios)), other, where))
         elif where:
@@ -229,8 +229,8 @@ def _figures(
 ) -> str:
     """How two recipes compare by a measurement: with figures, where it is of a model near this one."""
     if size and not is_near(table, size):
-        return f"{one[0]} measured faster than {other[0]} {elsewhere(table, size)} ({table.model.name.split(',')[0]})"
-    at = list(dict.fromkeys(table.nearest(level) for level in levels))
+        return f"{one[0]} measured faster than {other[0]} {elsewhere(table, size)} ({table.model.shape})"
+    at = table.measured_near(levels)
     mean = "" if len(at) == 1 else " on average (geometric mean)"
     text = (
         f"{one[0]} measured {one[1]:.2f}x BF16 and {other[0]} {other[1]:.2f}x at concurrency {joined([*map(str, at)])}"
@@ -254,7 +254,7 @@ def _not_compared(usable: Sequence[Recipe], platforms: Sequence[Platform], size:
             if there and not has_rows(table, usable[0]):
                 first = usable[0].method.upper()
                 text = (
-                    f"{platform.name}: a measurement of {joined(there)} ({table.model.name.split(',')[0]}, "
+                    f"{platform.name}: a measurement of {joined(there)} ({table.model.shape}, "
                     f"{table.date}) does not decide, for {first} is not in it: bench both in one go (--config)"
                 )
                 found.append(Reason("not-compared", text, str(table.evidence)))
@@ -287,7 +287,7 @@ def _also(recipe: Recipe, platforms: Sequence[Platform], levels: Sequence[int], 
                 f"{times(gain, beyond_noise(table, row, at))} at {at}" for at, (row, gain) in measured.items()
             )
             kernels = joined([*dict.fromkeys(row.kernel for _, (row, _) in bests)])
-            told.append(f"{platform.name}: {gains} ({kernels}, measured on {table.model.name.split(',')[0]})")
+            told.append(f"{platform.name}: {gains} ({kernels}, measured on {table.model.shape})")
             sources.append(str(table.evidence))
     return {
         "title": title(recipe),

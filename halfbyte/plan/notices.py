@@ -209,8 +209,7 @@ def _kernels(at: Setting) -> list[Reason]:
             )
             found.append(Reason("kernel-flag", text, str(table.evidence)))
         elif row.flags and default:
-            levels = table.by_nearness(level)
-            measured = next((n for n in levels if table.differ(row, default[0], n)), levels[0])
+            measured = table.telling(row, default[0], level) or table.nearest(level)
             fast, slow = (
                 times(table.speedup(r, measured), beyond_noise(table, r, measured)) for r in (row, default[0])
             )
@@ -243,7 +242,7 @@ def _grounds(at: Setting) -> list[Reason]:
             )
             found.append(Reason("no-evidence", text, "evidence files"))
         elif table and not is_near(table, at.size):
-            other = table.model.name.split(",")[0] + (", on one device" if table.tensor_parallel == 1 < at.tp else "")
+            other = table.model.shape + (", on one device" if table.tensor_parallel == 1 < at.tp else "")
             text = (
                 f"{platform.name}: kernels are ranked by a measurement {elsewhere(table, at.size)} ({other}); "
                 "the gains are the roofline's"

@@ -113,15 +113,15 @@ def mean_speed(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> flo
     """The geometric mean of the best measured gain over the concurrencies that were measured nearest to these, each
     once; None where nothing was measured."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
-    levels = list(dict.fromkeys(table.nearest(level) for level in levels)) if table else []
-    gains = [best[1] for level in levels if (best := best_speed(recipe, platform, level))]
+    measured = table.measured_near(levels) if table else []
+    gains = [best[1] for level in measured if (best := best_speed(recipe, platform, level))]
     return math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
 
 
 def least_gain(recipe: Recipe, platform: Platform, levels: Sequence[int]) -> float:
     """The ratio of two speeds at these concurrencies from which they differ by more than noise."""
     table = speed_table(platform, recipe.format, variant_of(recipe))
-    return 1 + max((table.noise(level) for level in levels), default=LEAST_NOISE) if table else 1 + LEAST_NOISE
+    return 1 + max([LEAST_NOISE, *(table.noise(level) for level in levels if table)])
 
 
 def half_and_half(context: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def disagreements(
         default = _default_row(table, platform) if table else None
         if not table or default is None:
             continue
-        for at in dict.fromkeys(table.nearest(level) for level in levels):
+        for at in table.measured_near(levels):
             row = _disagreement(platform, table, default, rivals, at, model)
             rows += [row] if row else []
     return rows

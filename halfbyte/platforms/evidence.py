@@ -32,32 +32,22 @@ def load_evidence(paths: Iterable[Path] = ()) -> tuple[SpeedTable, ...]:
 def unused(paths: Iterable[Path], platforms: Sequence[Platform], hint: str = "") -> list[str]:
     """What of these files and directories says nothing of the platforms, a line each. `hint`: what to do where it is of
     another vLLM."""
-    known = {name.casefold() for platform in platforms for name in (platform.name, platform.ranked_by)}
     told = []
     for path in paths:
         files = _files(path)
         told += [] if files else [f"evidence {path} holds no file ({', '.join(SUFFIXES)})"]
-        tables = {file: read_table(file) for file in files}
-        devices = {file: table.device for file, table in tables.items()}
-        here = " or ".join(platform.name for platform in platforms)
-        told += [
-            f"evidence {file} is of {device}, not of {here}: it is not used"
-            for file, device in devices.items()
-            if device.casefold() not in known
-        ]
-        told += [
-            f"evidence {file} is of vLLM {table.vllm}, and this speaks of {others}: it is not used{hint}"
-            for file, table in tables.items()
-            if (others := " and ".join(_others(table, platforms)))
-        ]
+        for file in files:
+            table = read_table(file)
+            device = table.device.casefold()
+            mine = [p for p in platforms if device in (p.name.casefold(), p.ranked_by.casefold())]
+            if not mine:
+                here = " or ".join(platform.name for platform in platforms)
+                told.append(f"evidence {file} is of {table.device}, not of {here}: it is not used")
+            elif not any(table.covers(platform.vllm) for platform in mine):
+                here = " and ".join(dict.fromkeys(platform.vllm for platform in mine))
+                what = f"is of vLLM {table.vllm}, and this speaks of {here}"
+                told.append(f"evidence {file} {what}: it is not used{hint}")
     return told
-
-
-def _others(table: SpeedTable, platforms: Sequence[Platform]) -> list[str]:
-    """The vLLM versions of a table's platforms where it holds for none of them."""
-    device = table.device.casefold()
-    mine = [platform for platform in platforms if device in (platform.name.casefold(), platform.ranked_by.casefold())]
-    return [] if any(table.covers(p.vllm) for p in mine) else list(dict.fromkeys(p.vllm for p in mine))
 
 
 def read_table(file: Path) -> SpeedTable:

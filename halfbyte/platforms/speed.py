@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -24,6 +24,11 @@ class MeasuredModel(Data):
     intermediate_size: int | None = None
     blocks: int | None = None
     vocab_size: int | None = None
+
+    @property
+    def shape(self) -> str:
+        """The name, up to its first comma."""
+        return self.name.split(",")[0]
 
 
 class Prefill(Data):
@@ -178,6 +183,14 @@ class SpeedTable(Data):
         """Whether two kernels lie further apart at a measured concurrency than noise."""
         slow, fast = sorted((row.seconds[at], other.seconds[at]), reverse=True)
         return slow > fast * (1 + self.noise(at))
+
+    def telling(self, row: SpeedRow, other: SpeedRow, concurrency: int) -> int | None:
+        """The measured concurrency, nearest first, at which two kernels differ; None where they do at none."""
+        return next((at for at in self.by_nearness(concurrency) if self.differ(row, other, at)), None)
+
+    def measured_near(self, concurrencies: Iterable[int]) -> list[int]:
+        """The measured concurrencies nearest to these, each once."""
+        return list(dict.fromkeys(map(self.nearest, concurrencies)))
 
     def by_nearness(self, concurrency: int) -> list[int]:
         """The measured concurrencies, the closest one (as a ratio) first."""

@@ -213,7 +213,7 @@ def _against(table: SpeedTable, best: SpeedRow, other: SpeedRow, at: int, name: 
     """How the two kernels compare at a concurrency, and where that is told by another one."""
     if table.differ(best, other, at):
         return f"{other.seconds[at] / best.seconds[at]:.2f}x that of {name}"
-    telling = next((level for level in table.by_nearness(at) if table.differ(best, other, level)), None)
+    telling = table.telling(best, other, at)
     beyond = "" if telling is None else f", {other.seconds[telling] / best.seconds[telling]:.2f}x as fast at {telling}"
     return f"no measurable difference from {name} there (noise {table.noise(at):.0%}){beyond}"
 

@@ -185,7 +185,7 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 
 def test_such_a_place_would_be_found() -> None:
     assert PLACE.search("cd " + "/".join(["", "home", "me", "x"]))
-    assert not PLACE.search("a/home/page and $HOME/work/x and https://host/root")
+    assert not PLACE.search("a/home/page and $HOME/mnt/x and https://host/root")
 
 
 @pytest.mark.parametrize(
