@@ -89,13 +89,14 @@ def _basis(gain: dict[str, Any]) -> str:
 
 
 def _fits(row: dict[str, Any]) -> str:
-    load = f"{row['concurrency']} sequence{'s' if row['concurrency'] > 1 else ''} of {row['context']:,} tokens"
+    many = row["concurrency"] > 1
+    load = f"{row['concurrency']} sequence{'s' * many} of {row['context']:,} tokens take{'s' * (not many)}"
     if row["usable_bytes"] is None:
-        return f"{load} take {human_size(row['total_bytes'])}; this platform's memory is not known here"
+        return f"{load} {human_size(row['total_bytes'])}; this platform's memory is not known here"
     verdict = "fits" if row["fits"] else "DOES NOT FIT"
     ranks = f" on each of {row['tp']} devices" if row["tp"] > 1 else ""
     return (
-        f"{verdict}: {load} take {human_size(row['total_bytes'])} of {human_size(row['usable_bytes'])}{ranks}; "
+        f"{verdict}: {load} {human_size(row['total_bytes'])} of {human_size(row['usable_bytes'])}{ranks}; "
         f"room for {row['max_concurrency']:,} (BF16: {row['bf16_max_concurrency']:,})"
     )
 
